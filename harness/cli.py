@@ -1,0 +1,200 @@
+"""Parse, call, print: each verb is a few lines.  Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from harness import __version__
+from harness.records import RidgelineError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help="Measures what an LLM server really does, and holds it against what theory predicts.")  # fmt: skip
+config_app = typer.Typer(no_args_is_help=True, help="Scenario files: a schema for editors, and one to start from.")
+app.add_typer(config_app, name="config")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"ridgeline {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]
+          = False) -> None:  # fmt: skip
+    pass
+
+
+def _list(text: str | None, kind: type[int] | type[float], flag: str) -> list[Any] | None:
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise RidgelineError(f"{flag}: got {text!r}; give numbers separated by commas, such as 1,2,4,8") from None
+
+
+@app.command()
+def run(
+    scenario: Annotated[
+        Path | None, typer.Argument(help="A scenario file; without one, the options say it all.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Base URL of the server (or OPENAI_BASE_URL).")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to ask for; default: the first in /v1/models.")] = None,
+    batch_sizes: Annotated[str | None, typer.Option(help="Requests at once, one point each: 1,2,4,8.")] = None,
+    input_tokens: Annotated[int | None, typer.Option(help="Tokens of each prompt, by the server's count.")] = None,
+    output_tokens: Annotated[int | None, typer.Option(help="Tokens of each answer.")] = None,
+    mode: Annotated[str | None, typer.Option(help="wave, closed or open.")] = None,
+    rate: Annotated[str | None, typer.Option(help="Requests per second (open), one point each.")] = None,
+    arrivals: Annotated[str | None, typer.Option(help="constant, poisson or gamma.")] = None,
+    burstiness: Annotated[float | None, typer.Option(help="Shape of gamma arrivals.")] = None,
+    waves: Annotated[int | None, typer.Option(help="Waves per trial (wave).")] = None,
+    requests: Annotated[int | None, typer.Option(help="Requests per trial.")] = None,
+    duration: Annotated[str | None, typer.Option(help="No request starts later than this: 30s, 5min.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Repeats of each point.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Requests before the measured ones.")] = None,
+    api: Annotated[str | None, typer.Option(help="completions or chat.")] = None,
+    same_prompt: Annotated[bool, typer.Option("--same-prompt", help="One prompt for all requests.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Prompts, schedule and order follow from it.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Row to predict for, or `machine` for this one.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer.json, or its folder.")] = None,
+    model_config: Annotated[str | None, typer.Option(help="config.json, its folder, or a GGUF file.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Precision of the weights.")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="Precision of the KV cache.")] = None,
+    tp: Annotated[int | None, typer.Option(help="Accelerators that share each layer.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the key.")] = None,
+    max_error_rate: Annotated[float | None, typer.Option(help="Share of failures that ends with exit code 6.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 5 if any point is invalid.")] = False,
+    out: Annotated[str | None, typer.Option(help="Run folder; default: results/NAME-TIME.")] = None,
+    report_path: Annotated[str | None, typer.Option("--report", help="Where the report goes.")] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and what theory predicts; send nothing.")
+    ] = False,
+) -> None:
+    """Measure a server, and hold it against theory."""
+    from harness import command
+
+    if duration is not None:
+        from harness import units
+
+        seconds: float | None = units.parse(duration, "time", "--duration")
+    else:
+        seconds = None
+    flags: dict[str, Any] = {
+        "engine": {"url": url},
+        "model": model,
+        "tokenizer": tokenizer,
+        "api_key_env": api_key_env,
+        "report": report_path,
+        "workload": {
+            "batch_sizes": _list(batch_sizes, int, "--batch-sizes"), "rates": _list(rate, float, "--rate"),
+            "input_tokens": input_tokens, "output_tokens": output_tokens, "mode": mode or ("open" if rate else None),
+            "arrivals": arrivals, "burstiness": burstiness, "waves": waves, "requests": requests, "duration_s": seconds,
+            "trials": trials, "warmup": warmup, "api": api, "same_prompt": same_prompt or None, "seed": seed},
+        "theory": {"hardware": hardware, "model_config": model_config, "dtype": dtype, "kv_dtype": kv_dtype, "tp": tp},
+        "limits": {"max_error_rate": max_error_rate},
+    }  # fmt: skip
+    planned = command.planned(scenario, flags)
+    if dry_run:
+        typer.echo(command.plan_text(planned))
+        return
+    raise typer.Exit(
+        command.run(planned, out=out, strict=strict, as_json=as_json, quiet=quiet, with_report=not no_report)
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The page; default: report.html in the first folder.")
+    ] = None,
+    hardware: Annotated[str | None, typer.Option(help="Predict for this row instead of the run's own.")] = None,
+    model_config: Annotated[str | None, typer.Option(help="Model configuration, instead of the run's own.")] = None,
+) -> None:
+    """Write the page of one run, or of several side by side; rebuilt from the records on disk."""
+    from harness import command
+
+    typer.echo(command.report(runs, out or runs[0] / "report.html", hardware, model_config))
+
+
+@app.command()
+def machine(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the row to this file too.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, whatever was stored.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the row as JSON.")] = False,
+) -> None:
+    """Measure this machine's memory bandwidth and matrix FLOPS: its row for predictions."""
+    from harness import command
+
+    typer.echo(command.machine(out, fresh, as_json))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def simulate(context: typer.Context) -> None:
+    """Serve a simulated model with an exactly stated law (TTFT = a + b·prompt, ITL = c + d·batch)."""
+    from harness import simulator
+
+    raise typer.Exit(simulator.main(context.args) or 0)
+
+
+@app.command()
+def hardware(name: Annotated[str | None, typer.Argument(help="One row in full.")] = None) -> None:
+    """List the hardware table, or one row with its sources."""
+    from harness import command
+
+    typer.echo(command.hardware(name))
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a scenario."""
+    from harness import scenario
+
+    typer.echo(scenario.schema())
+
+
+@config_app.command("init")
+def config_init(path: Annotated[Path | None, typer.Argument(help="File to write; default: stdout.")] = None) -> None:
+    """Write a commented scenario with every key."""
+    from harness import scenario, store
+
+    if path is None:
+        typer.echo(scenario.commented(), nl=False)
+        return
+    if path.exists():
+        raise RidgelineError(f"{path}: is there already; name another file")
+    store.write_text(path, scenario.commented())
+
+
+@config_app.command("validate")
+def config_validate(path: Annotated[Path, typer.Argument(help="A scenario file.")]) -> None:
+    """Say whether a scenario is valid."""
+    from harness import command
+
+    command.planned(path, {})
+    typer.echo(f"{path}: valid")
+
+
+def main() -> None:
+    """The command.  Errors that the user can mend are one line; exit codes are those of the README."""
+    try:
+        app()
+    except RidgelineError as problem:
+        if os.environ.get("RIDGELINE_DEBUG"):
+            raise
+        sys.stderr.write(f"error: {problem}\n")
+        raise SystemExit(problem.code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(0) from None

@@ -1,0 +1,201 @@
+"""The unmeasured side of talking to a server: which models, which options, one request by itself (aiohttp)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+
+from harness import dialects
+from harness.records import RidgelineError
+from harness.wire import Target, parse_url
+
+MAX_BODY = 16 * 2**20
+PREFLIGHT_S = 30.0
+
+
+def key_from(env: str) -> str:
+    """The key, from the environment only.  A variable that was named but is not set is an error."""
+    key = os.environ.get(env, "")
+    if not key and env != "OPENAI_API_KEY":
+        raise RidgelineError(f"--api-key-env {env}: this environment variable is not set")
+    if any(ord(c) < 33 or ord(c) > 126 for c in key):
+        raise RidgelineError(f"--api-key-env {env}: the key holds characters that no HTTP header can carry")
+    return key
+
+
+def target_from(url: str | None, key: str) -> Target:
+    found = url or os.environ.get("OPENAI_BASE_URL")
+    if not found:
+        raise RidgelineError(
+            "no server: give --url http://HOST:PORT, set OPENAI_BASE_URL, or name a scenario with an engine"
+        )
+    return parse_url(found, key)
+
+
+@dataclass(slots=True)
+class Client:
+    """One server and model, asked one request at a time."""
+
+    target: Target
+    session: aiohttp.ClientSession
+    api: str = "completions"
+    model: str = ""
+    no_stop: tuple[str, ...] = ()
+    usage: bool = True
+
+    def body(self, prompt: str, output_tokens: int) -> tuple[str, bytes]:
+        return dialects.encode(self.api, self.model, prompt, output_tokens, self.no_stop, usage=self.usage)
+
+    async def get(self, path: str) -> Any:
+        """JSON of a GET.  Raises RidgelineError (code 6) naming the address and what to look at."""
+        url = f"{self.target.url}{path}"
+        try:
+            async with self.session.get(url) as response:
+                text = (await response.content.read(MAX_BODY)).decode("utf-8", "replace")
+                if response.status in (401, 403):
+                    raise RidgelineError(f"{url}: status {response.status}: the server wants a key, or another one; "
+                                         "set OPENAI_API_KEY, or name its variable by --api-key-env", 6)  # fmt: skip
+                if response.status != 200:
+                    raise RidgelineError(f"{url}: status {response.status}; is this an OpenAI-compatible server?", 6)
+                return orjson.loads(text)
+        except ValueError:
+            raise RidgelineError(f"{url}: the answer is no JSON; is this an OpenAI-compatible server?", 6) from None
+        except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+            raise _unreachable(url, problem) from None
+
+    async def once(self, prompt: str, output_tokens: int) -> dialects.Answer:
+        """One streamed request, read to its end.  Raises RidgelineError (code 6) if the server cannot be reached."""
+        path, body = self.body(prompt, output_tokens)
+        url = f"{self.target.url}{path}"
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
+        try:
+            async with self.session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+                data = bytearray()
+                async for chunk in response.content.iter_any():
+                    data += chunk
+                    if len(data) > MAX_BODY or data.endswith(b"data: [DONE]\n\n"):
+                        break
+                return dialects.interpret(bytes(data), [0.0], [len(data)], response.status, "complete", output_tokens)
+        except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+            raise _unreachable(url, problem) from None
+
+    async def input_tokens(self, prompt: str, output_tokens: int) -> int | None:
+        """What the server's usage says of a prompt.  Raises RidgelineError (code 6) if it refuses the request."""
+        answer = await self.once(prompt, output_tokens)
+        if answer.error_class not in ("", "empty_output", "not_an_llm_response"):
+            raise _refused(self, answer)
+        return answer.input_tokens
+
+    async def find_model(self, wanted: str | None) -> dict[str, Any]:
+        """The entry of /v1/models to ask for: the wanted one, else the only one (or the first, which is said)."""
+        try:
+            listed = await self.get("/v1/models")
+        except RidgelineError:
+            if wanted is None or not await self._answers():
+                raise
+            listed = {}  # some gateways list no models; the name is the user's word then
+        data = listed.get("data") if isinstance(listed, dict) else None
+        models = [m for m in data or [] if isinstance(m, dict) and isinstance(m.get("id"), str)]
+        names = [m["id"] for m in models]
+        if wanted is None:
+            if not models:
+                raise RidgelineError(f"{self.target.url}/v1/models: lists no model; name one by --model", 6)
+            return dict(models[0])
+        if names and wanted not in names:
+            shown = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
+            raise RidgelineError(
+                f"{self.target.url}: no model {wanted!r} there; served: {shown}; try --model {names[0]}", 6
+            )
+        return next((dict(m) for m in models if m["id"] == wanted), {"id": wanted})
+
+    async def _answers(self) -> bool:
+        try:
+            async with self.session.get(self.target.url):
+                return True
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
+    async def negotiate(self, output_tokens: int) -> None:
+        """Find which options the server takes: a length with no stop, and usage in the stream.  Recorded in run.json."""
+        refused: dialects.Answer | None = None
+        for usage in (True, False):
+            for no_stop in dialects.NO_STOP:
+                self.usage, self.no_stop = usage, no_stop
+                answer = await self.once("Say the numbers from one to ten.", min(4, output_tokens))
+                if answer.error_class in ("http_400", "http_422"):
+                    refused = refused or answer
+                    continue
+                if answer.error_class and answer.error_class != "empty_output":
+                    raise _refused(self, answer)
+                return
+        assert refused is not None
+        raise _refused(self, refused)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"api": self.api, "model": self.model, "no_stop": list(self.no_stop), "stream_usage": self.usage}
+
+
+def _unreachable(url: str, problem: BaseException) -> RidgelineError:
+    if isinstance(problem, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
+        return RidgelineError(f"{url}: TLS failed: {problem}; use the name in the server's certificate", 6)
+    if isinstance(problem, TimeoutError):
+        return RidgelineError(f"{url}: no answer within {PREFLIGHT_S:g} s; is the server up and not overloaded?", 6)
+    said = str(getattr(problem, "os_error", None) or problem) or type(problem).__name__
+    return RidgelineError(f"{url}: not reachable ({said}); is the server up, and are host and port right?", 6)
+
+
+def _refused(client: Client, answer: dialects.Answer) -> RidgelineError:
+    hint = {
+        "http_401": "set OPENAI_API_KEY, or name its variable by --api-key-env",
+        "http_403": "set OPENAI_API_KEY, or name its variable by --api-key-env",
+        "http_404": "check --model and --api: this path or model is not there",
+        "context_length": "ask for fewer tokens, or let the server take longer contexts",
+        "redirect": "give the address that it redirects to as --url",
+    }.get(answer.error_class, "see the server's log")
+    key = dict(client.target.headers).get("Authorization", "").removeprefix("Bearer ")
+    said = answer.error.replace(key, "[redacted]") if key else answer.error
+    return RidgelineError(
+        f"{client.target.url}: a first request ended as {answer.error_class}: {said[:300]}; {hint}", 6
+    )
+
+
+def local_model_path(entry: dict[str, Any], props: dict[str, Any]) -> str | None:
+    """The served model's own folder or file, if the server says where it is and that is on this machine."""
+    for found in (entry.get("root"), props.get("model_path")):
+        if isinstance(found, str) and found.startswith("/") and Path(found).exists():
+            return found
+    return None
+
+
+async def props_of(client: Client) -> dict[str, Any]:
+    """llama.cpp's /props, or {}."""
+    try:
+        found = await client.get("/props")
+    except RidgelineError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+async def version_of(client: Client, entry: dict[str, Any], props: dict[str, Any]) -> dict[str, Any]:
+    """What the server says it is: kind and version, or "unknown"."""
+    owner = str(entry.get("owned_by", ""))
+    if "build_info" in props or owner == "llamacpp":
+        return {"kind": "llama.cpp", "version": props.get("build_info")}
+    try:
+        said = await client.get("/version")
+    except RidgelineError:
+        said = {}
+    version = said.get("version") if isinstance(said, dict) else None
+    return {"kind": owner or ("vllm" if version else "unknown"), "version": version}
+
+
+def session(target: Target, headers: Sequence[tuple[str, str]] = ()) -> aiohttp.ClientSession:
+    """A session that ignores proxies of the environment, and follows no redirect with the key."""
+    timeout = aiohttp.ClientTimeout(total=PREFLIGHT_S * 10, connect=PREFLIGHT_S / 3, sock_read=PREFLIGHT_S * 4)
+    return aiohttp.ClientSession(headers=dict(target.headers) | dict(headers), trust_env=False, timeout=timeout)

@@ -1,0 +1,251 @@
+"""What the verbs do: scenario in, run folder, report and a few lines of text out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import store, summary, units
+from harness.progress import Progress
+from harness.records import RidgelineError
+from harness.scenario import Scenario, load, validate
+from harness.theory.hardware import Hardware, catalogue, find, from_row
+from harness.theory.predict import predict
+from harness.theory.shape import Layers, Model
+
+RESULTS = Path("results")
+
+
+def planned(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
+    """A scenario file with the flags laid over it: a flag wins over the file."""
+    base: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise RidgelineError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
+        base = load(text, str(path)).model_dump(mode="json", by_alias=True, exclude_unset=True)
+        base.setdefault("name", path.stem)
+    merged = _over(base, flags)
+    return validate(merged, "the options" if path is None else f"{path} with the options")
+
+
+def _over(base: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in flags.items():
+        if isinstance(value, dict):
+            if inner := _over(base.get(key, {}), value):
+                merged[key] = inner
+        elif value is not None:
+            merged[key] = value
+    return merged
+
+
+def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, quiet: bool, with_report: bool) -> int:
+    """Run, summarise, report, print; returns the exit code."""
+    from harness.run import play
+
+    progress = Progress(quiet)
+    outcome = _event_loop(play(scenario, ["ridgeline", *sys.argv[1:]], out, RESULTS, progress))
+    found = summarise(outcome.folder, progress)
+    if with_report:
+        page = Path(scenario.report) if scenario.report else outcome.folder / "report.html"
+        write_report([outcome.folder], [found], page)
+    if as_json:
+        print(json.dumps(store.clean(summary.public(found, str(outcome.folder))), allow_nan=False))
+    else:
+        print(text_of(found, outcome.folder, page if with_report else None))
+    return outcome.code or _exit_code(found, scenario, strict)
+
+
+def _event_loop(work: Any) -> Any:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    return uvloop.run(work)
+
+
+def _exit_code(found: Mapping[str, Any], scenario: Scenario, strict: bool) -> int:
+    requests = sum(point["requests"] for point in found["points"])
+    failed = sum(point["errors"] for point in found["points"])
+    if not requests or failed / requests > scenario.limits.max_error_rate:
+        return 6
+    return 5 if strict and found["verdict"] == "invalid" else 0
+
+
+def summarise(folder: Path, progress: Progress | None = None, hardware_name: str | None = None,
+              model_config: str | None = None) -> dict[str, Any]:  # fmt: skip
+    """Compute summary.json from what is on disk.  Theory's inputs are kept in run.json, so that any machine can."""
+    loaded = store.load(folder)
+    theory = loaded.run["scenario"]["theory"]
+    if hardware_name or model_config or "theory" not in loaded.run:
+        wanted = dict(theory) | {k: v for k, v in (("hardware", hardware_name), ("model_config", model_config)) if v}
+        loaded.run["theory"] = theory_inputs(wanted, loaded.run.get("engine") or {}, progress or Progress(True))
+        store.write_json(folder / store.RUN, loaded.run)
+    inputs = loaded.run["theory"]
+    model = model_from(inputs["model"]) if inputs.get("model") else None
+    row = from_row(inputs["hardware"]) if inputs.get("hardware") else None
+    run_info = loaded.run | {"no_prediction": inputs["missing"]}
+    found = summary.build(
+        run_info, loaded.state, loaded.records, loaded.events, loaded.samples, loaded.notes, model, row
+    )
+    found = store.clean(found)
+    with contextlib.suppress(RidgelineError):  # a report of a folder that is not ours to write is still a report
+        store.write_json(folder / store.SUMMARY, found)
+    return dict(found)
+
+
+def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """The model and the hardware row to predict with, as data; what is missing, and which option would help."""
+    missing: list[dict[str, str]] = []
+    model, row = None, None
+    try:
+        model = _model(theory, engine)
+    except RidgelineError as problem:
+        missing.append(
+            {"saw": f"no prediction: {problem}", "do": "give --model-config a config.json, its folder, or a GGUF file"}
+        )
+    try:
+        row = _hardware(theory, engine, model, progress)
+    except RidgelineError as problem:
+        missing.append({"saw": f"no prediction: {problem}",
+                        "do": "give --hardware NAME (`ridgeline hardware` lists them), or `machine` for this one"})  # fmt: skip
+    return {"model": dataclasses.asdict(model) if model else None, "hardware": row.as_dict() if row else None, "missing": missing}
+
+
+def model_from(data: Mapping[str, Any]) -> Model:
+    """The Model that `dataclasses.asdict` wrote into run.json."""
+    groups = tuple(Layers(**group) for group in data["groups"])
+    return Model(**{**data, "groups": groups, "notes": tuple(data["notes"])})
+
+
+def _model(theory: Mapping[str, Any], engine: Mapping[str, Any]) -> Model:
+    from harness import models
+
+    path = theory["model_config"] or engine.get("model_path")
+    if not path:
+        raise RidgelineError("the served model's configuration is not known")
+    return models.load(path)
+
+
+def _hardware(
+    theory: Mapping[str, Any], engine: Mapping[str, Any], model: Model | None, progress: Progress
+) -> Hardware:
+    from harness import machine
+
+    name = theory["hardware"]
+    if name and name != "machine":
+        path = Path(name)
+        if path.suffix == ".json" and path.is_file():
+            return from_row(json.loads(path.read_text(encoding="utf-8")))
+        return find(name)
+    if not name and not engine.get("launched"):
+        raise RidgelineError("the hardware is not known")
+    gpus = machine.describe().get("gpus") or []
+    if gpus and not name:
+        return find(str(gpus[0]["name"] if isinstance(gpus[0], dict) else gpus[0]))
+    working_set = model.weight_bytes(theory["dtype"]) if model else None
+    return from_row(machine.row(working_set, progress.line))
+
+
+def report(folders: Sequence[Path], page: Path, hardware_name: str | None, model_config: str | None) -> str:
+    found = [summarise(folder, None, hardware_name, model_config) for folder in folders]
+    write_report(folders, found, page)
+    return "\n".join([*(one["verdict_sentence"] for one in found), f"report: {page}"])
+
+
+def write_report(folders: Sequence[Path], found: Sequence[dict[str, Any]], page: Path) -> None:
+    from harness.report.page import RunView, render
+
+    views = [
+        RunView(one, store.load(folder).run, _log_tail(folder)) for folder, one in zip(folders, found, strict=True)
+    ]
+    store.write_text(page, render(views))
+
+
+def _log_tail(folder: Path, size: int = 4000) -> str:
+    try:
+        with open(folder / "engine.log", "rb") as log:
+            log.seek(max(0, log.seek(0, 2) - size))
+            return log.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
+    """The last lines on the terminal: verdict, table, worst finding, paths."""
+    lines = [found["verdict_sentence"], "", f"{'point':>14} {'TTFT':>10} {'ITL':>10} {'E2E':>10} {'tokens/s':>9} "
+             f"{'pred. ITL':>10} {'ratio':>6}  verdict"]  # fmt: skip
+    for p in found["points"]:
+        label = f"batch {p['batch_size']}" if p["batch_size"] else f"{p['rate']:g}/s"
+        predicted = p["predicted"]
+        itl, ratio = (
+            (units.seconds(predicted["itl_s"]["value"], 3), units.number(predicted["ratio"]["itl_s"], 3))
+            if predicted
+            else ("-", "-")
+        )
+        figures = [units.seconds(p[name]["mean"], 3) for name in ("ttft_s", "itl_s", "e2e_s")]
+        lines.append(f"{label:>14} {figures[0]:>10} {figures[1]:>10} {figures[2]:>10} "
+                     f"{units.number(p['output_tokens_per_s'], 3):>9} {itl:>10} {ratio:>6}  {p['verdict']}")  # fmt: skip
+    worst = [f for p in found["points"] for f in p["findings"] if f["severity"] == p["verdict"] != "valid"] + found[
+        "findings"
+    ]
+    if worst:
+        lines += ["", f"{worst[0]['severity']} {worst[0]['code']}: {worst[0]['saw']}; {worst[0]['do']}"]
+    lines += ["", f"run: {folder}"] + ([f"report: {page}"] if page else [])
+    return "\n".join(lines)
+
+
+def plan_text(scenario: Scenario) -> str:
+    """What a run would do, and what theory predicts: all of it without a server."""
+    from harness.run import counts_of, points_of
+
+    workload = scenario.workload
+    lines = [f"{scenario.name}: {workload.mode}, {workload.input_tokens} tokens in, {workload.output_tokens} out, "
+             f"{workload.trials} trial{'s' if workload.trials > 1 else ''}, engine {scenario.engine.kind}"]  # fmt: skip
+    theory = scenario.theory.model_dump(by_alias=True)
+    wants = bool(theory["model_config"] or scenario.engine.model) and bool(theory["hardware"])
+    inputs = theory_inputs(theory, {"model_path": theory["model_config"]}, Progress()) if wants else None
+    for point in points_of(workload):
+        warm, measured = counts_of(workload, point)
+        text = f"  {point.label}: {warm} warm-up + {measured if measured is not None else 'as many as fit'} requests per trial"
+        if inputs and inputs["model"] and inputs["hardware"]:
+            text += _predicted_text(inputs, scenario, point.batch_size or 1)
+        lines.append(text)
+    return "\n".join(lines + [why["saw"] for why in (inputs["missing"] if inputs else [])])
+
+
+def _predicted_text(inputs: Mapping[str, Any], scenario: Scenario, batch: int) -> str:
+    w, t = scenario.workload, scenario.theory
+    found = predict(model_from(inputs["model"]), from_row(inputs["hardware"]), batch=batch, input_tokens=w.input_tokens,
+                    output_tokens=w.output_tokens, dtype=t.dtype, kv_dtype=t.kv_dtype, tp=t.tp, mode=w.mode)  # fmt: skip
+    return (f"; predicted TTFT {units.seconds(found.ttft_s.value, 3)}, ITL {units.seconds(found.itl_s.value, 3)}, "
+            f"{units.number(found.output_tokens_per_s.value, 3)} tokens/s, limit {found.limit}")  # fmt: skip
+
+
+def machine(out: Path | None, fresh: bool, as_json: bool) -> str:
+    from harness import machine as this
+
+    row = this.row(None, Progress().line, fresh=fresh)
+    text = json.dumps(store.clean(row), indent=1)
+    if out:
+        store.write_text(out, text + "\n")
+    if as_json:
+        return text
+    flops = ", ".join(f"{name} {units.flops(value)}" for name, value in row["flops"].items())
+    return (f"{row['name']}: memory {units.size(row['mem_bytes'])} at {units.bandwidth(row['bytes_per_s'])}, {flops}\n"
+            f"{row.get('notes', '')}").rstrip()  # fmt: skip
+
+
+def hardware(name: str | None) -> str:
+    if name:
+        return json.dumps(store.clean(find(name).as_dict()), indent=1)
+    return "\n".join(f"{row.name:<32} {units.size(row.mem_bytes):>8} {units.bandwidth(row.bytes_per_s):>11}  "
+                     + units.flops(row.flops.get("bf16") or row.flops.get("fp16")) for row in catalogue())  # fmt: skip

@@ -1,0 +1,296 @@
+"""What servers say: Request -> (path, body); stamped bytes -> tokens, usage and the class of the ending.
+
+Sans-I/O, so streams recorded from real servers are its tests.  The parser follows the WHATWG event-stream rules
+(https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream) on bytes, with one deviation:
+a final `data: [DONE]` without its blank line is accepted.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+APIS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+LEGAL_FINISH = frozenset(
+    {"stop", "length", "tool_calls", "function_call", "content_filter", "eos_token", "stop_sequence"}
+)
+ABORTED_FINISH = frozenset({"abort", "aborted", "error", "cancelled", "canceled"})
+MESSAGE_BYTES = 4096  # an error's text in a record is cut here
+RUNAWAY = 4  # a stream of more than this times the tokens asked for is not an answer
+
+# Extra body fields that make the output length exact, most demanding first; a probe finds which the server takes.
+NO_STOP: tuple[tuple[str, ...], ...] = (("ignore_eos", "min_tokens"), ("ignore_eos",), ("min_tokens",), ())
+
+
+def encode(api: str, model: str, prompt: str, output_tokens: int, no_stop: Sequence[str] = (), stream: bool = True,
+           usage: bool = True) -> tuple[str, bytes]:  # fmt: skip
+    """The path and the body of one request.  Sampling is greedy, so that a repeat asks for the same work."""
+    body: dict[str, Any] = {"model": model, "max_tokens": output_tokens, "temperature": 0, "stream": stream}
+    if api == "chat":
+        body["messages"] = [{"role": "user", "content": prompt}]
+    else:
+        body["prompt"] = prompt
+    if stream and usage:
+        body["stream_options"] = {"include_usage": True}
+    extras = {"ignore_eos": True, "min_tokens": output_tokens}
+    body.update({name: extras[name] for name in no_stop})
+    return APIS[api], orjson.dumps(body)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One dispatched event: its data, its type, and the offset of the byte that completed it."""
+
+    data: bytes
+    end: int
+    kind: bytes = b""
+
+
+_LINE = re.compile(rb"\r\n|\r|\n")
+
+
+def events(body: bytes) -> list[Event]:
+    """All events of a body.  An event that was never completed by a blank line is dropped, as the standard says."""
+    start = 3 if body.startswith(b"\xef\xbb\xbf") else 0
+    if b"\r" in body or start:
+        return _events_by_line(body, start)
+    found: list[Event] = []
+    at = 0
+    blocks = body.split(b"\n\n")
+    for block in blocks[:-1]:
+        at += len(block) + 2
+        if block.startswith(b"data: ") and b"\n" not in block:  # the shape of nearly every event
+            found.append(Event(block[6:], at))
+        elif event := _event(block.split(b"\n"), at):
+            found.append(event)
+    if blocks[-1].strip() in (b"data: [DONE]", b"data:[DONE]"):
+        found.append(Event(b"[DONE]", len(body)))
+    return found
+
+
+def _events_by_line(body: bytes, start: int) -> list[Event]:
+    found: list[Event] = []
+    lines: list[bytes] = []
+    at = start
+    for ending in _LINE.finditer(body, start):
+        line = body[at : ending.start()]
+        at = ending.end()
+        if line:
+            lines.append(line)
+            continue
+        # The blank line is complete at its CR: the LF of a CRLF may come with the next read.
+        if event := _event(lines, ending.start() + 1):
+            found.append(event)
+        lines = []
+    if body[at:].strip() in (b"data: [DONE]", b"data:[DONE]") and not lines:
+        found.append(Event(b"[DONE]", len(body)))
+    return found
+
+
+def _event(lines: Sequence[bytes], end: int) -> Event | None:
+    data: list[bytes] = []
+    kind = b""
+    for line in lines:
+        name, _, value = line.partition(b":")
+        value = value[1:] if value.startswith(b" ") else value
+        if name == b"data":
+            data.append(value)
+        elif name == b"event":
+            kind = value
+        elif name == b"error":  # llama.cpp before 2025 sent its errors as a field of this name
+            data, kind = [value], b"error"
+    return Event(b"\n".join(data), end, kind) if data else None
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one response said.  `arrivals_s` are the stamps of events with generated text (as given: seconds)."""
+
+    arrivals_s: list[float] = field(default_factory=list)
+    arrival_tokens: list[int] = field(default_factory=list)
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    token_source: str = "none"
+    cached_tokens: int | None = None
+    finish_reason: str = ""
+    done: bool = False
+    error_class: str = ""
+    error: str = ""
+    events: int = 0
+
+
+def text_of(choice: Mapping[str, Any]) -> str:
+    """The generated text of a choice: content, reasoning or the arguments of a tool call; "" for a role-only chunk."""
+    delta = choice.get("delta") or choice.get("message")
+    if not isinstance(delta, Mapping):
+        text = choice.get("text")
+        return text if isinstance(text, str) else ""
+    for key in ("content", "reasoning_content", "reasoning"):
+        if isinstance(text := delta.get(key), str) and text:
+            return text
+    calls = delta.get("tool_calls")
+    if isinstance(calls, list) and calls:
+        return str(calls)
+    return ""
+
+
+def interpret(body: bytes, stamps_s: Sequence[float], ends: Sequence[int], status: int, ending: str,
+              output_tokens: int, note: str = "") -> Answer:  # fmt: skip
+    """Read a whole response.
+
+    `stamps_s[i]` is when the first `ends[i]` bytes of the body had arrived (both ascending, same length); an event
+    arrived with the read that completed it.  `ending` is what the wire saw: "complete", or an error class of its own.
+    Success means a legal finish reason (or [DONE]), no error object of any dialect, and at least one token.
+    """
+    answer = Answer()
+    if status and status != 200:
+        answer.error_class = _status_class(status, body)
+        answer.error = _clip(_message(body) or note)
+        return answer
+    stream = body.lstrip(b"\xef\xbb\xbf \r\n")
+    if stream.startswith(b"{"):
+        _read_unary(answer, stream)
+    else:
+        _read_stream(answer, body, stamps_s, ends)
+    _count(answer)
+    _classify(answer, body, ending, output_tokens, note)
+    return answer
+
+
+def _read_stream(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: Sequence[int]) -> None:
+    said = 0  # completion tokens by usage so far, where the server tells continuously
+    for event in events(body):
+        answer.events += 1
+        if event.data == b"[DONE]":
+            answer.done = True
+            break
+        try:
+            message = orjson.loads(event.data)
+        except orjson.JSONDecodeError:
+            _fail(answer, "encoding", "an event is no JSON: " + event.data[:200].decode("utf-8", "replace"))
+            continue
+        if not isinstance(message, dict):
+            continue
+        if problem := _in_band_error(message, event.kind):
+            _fail(answer, "server_error_in_band", problem)
+            continue
+        before = said
+        said = _take_usage(answer, message, said)
+        choices = message.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+        if choice is None:
+            continue
+        if choice.get("finish_reason"):
+            answer.finish_reason = str(choice["finish_reason"])
+        if text_of(choice):
+            answer.arrivals_s.append(stamps_s[min(bisect_left(ends, event.end), len(stamps_s) - 1)])
+            ids = choice.get("token_ids")
+            tokens = len(ids) if isinstance(ids, list) and ids else said - before if said > before > 0 else 1
+            answer.arrival_tokens.append(tokens)
+
+
+def _read_unary(answer: Answer, body: bytes) -> None:
+    """An answer in one piece: its tokens count, but it has no first token to time."""
+    try:
+        message = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return
+    if problem := _in_band_error(message, b""):
+        _fail(answer, "server_error_in_band", problem)
+        return
+    _take_usage(answer, message, 0)
+    choices = message.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        answer.finish_reason = str(choices[0].get("finish_reason") or "")
+        answer.events = 1 if text_of(choices[0]) else 0
+
+
+def _take_usage(answer: Answer, message: Mapping[str, Any], said: int) -> int:
+    """The last usage wins and is never summed: servers that send it continuously repeat it."""
+    usage = message.get("usage")
+    if not isinstance(usage, Mapping):
+        return said
+    if isinstance(prompt := usage.get("prompt_tokens"), int):
+        answer.input_tokens = prompt
+    details = usage.get("prompt_tokens_details")
+    if isinstance(details, Mapping) and isinstance(cached := details.get("cached_tokens"), int):
+        answer.cached_tokens = cached
+    if isinstance(completion := usage.get("completion_tokens"), int):
+        answer.output_tokens, answer.token_source = completion, "usage"
+        return completion
+    return said
+
+
+def _count(answer: Answer) -> None:
+    if answer.output_tokens is None and answer.arrivals_s:
+        answer.output_tokens, answer.token_source = sum(answer.arrival_tokens), "chunks"
+
+
+def _classify(answer: Answer, body: bytes, ending: str, asked: int, note: str) -> None:
+    if answer.error_class == "server_error_in_band":
+        return
+    if ending == "complete" or answer.done:
+        if answer.error_class:
+            return
+        if not answer.events:
+            _fail(answer, "not_an_llm_response" if body else "empty_output", body[:200].decode("utf-8", "replace"))
+        elif answer.finish_reason in ABORTED_FINISH:
+            _fail(answer, "aborted_by_server", f"finish_reason is {answer.finish_reason!r}")
+        elif not answer.finish_reason and not answer.done:
+            _fail(answer, "truncated", "the stream ended with neither a finish_reason nor [DONE]")
+        elif not answer.output_tokens and not answer.arrivals_s:
+            _fail(answer, "empty_output", "the answer holds no token")
+        elif len(answer.arrivals_s) > RUNAWAY * asked:
+            _fail(answer, "runaway", f"{len(answer.arrivals_s)} events with text for {asked} tokens asked")
+    elif ending == "eof":
+        _fail(answer, "truncated", note or "the connection ended inside the answer", force=True)
+    else:
+        _fail(answer, ending, note, force=True)
+
+
+def _fail(answer: Answer, error_class: str, message: str, force: bool = False) -> None:
+    if force or not answer.error_class:
+        answer.error_class, answer.error = error_class, _clip(message)
+
+
+def _in_band_error(message: Mapping[str, Any], kind: bytes) -> str:
+    """The text of an error object in any known dialect, or "".  `"error": null`, "" and {} are no errors."""
+    error = message.get("error")
+    if isinstance(error, Mapping) and error:
+        return str(error.get("message") or error)
+    if isinstance(error, str) and error:
+        return error
+    if kind == b"error" or message.get("object") == "error" or message.get("type") == "error":
+        return str(message.get("message") or message)
+    return ""
+
+
+def _status_class(status: int, body: bytes) -> str:
+    if 300 <= status < 400:
+        return "redirect"
+    if status == 400 and re.search(rb"context.{0,20}length|maximum.{0,20}(context|model)|exceed", body[:4096], re.I):
+        return "context_length"
+    return f"http_{status}"
+
+
+def _message(body: bytes) -> str:
+    """The human part of an error body: the message of its JSON, else its text."""
+    try:
+        said = orjson.loads(body[:1_000_000])
+    except orjson.JSONDecodeError:
+        return body[:MESSAGE_BYTES].decode("utf-8", "replace")
+    if isinstance(said, Mapping):
+        return _in_band_error(said, b"") or str(said.get("message") or said.get("detail") or said)
+    return str(said)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def _clip(text: str) -> str:
+    return _CONTROL.sub("", text)[:MESSAGE_BYTES]

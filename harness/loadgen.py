@@ -1,0 +1,288 @@
+"""Plays a plan on time.  Wave, closed loop and open loop are one loop: a request goes when it is due and may go.
+
+Due is a matter of `scheduled_s` (None: at once).  May go is a matter of slots: at most `slots` in flight, and in a
+wave a slot opens only when all of the wave before have ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import ssl
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.records import NAN, Request, RidgelineError
+from harness.wire import Exchange, Target, Wire, clock, connect
+
+CONNECT_AT_ONCE = 64  # a storm of connections would be refused, and measured
+SWEEP_S = 0.02  # how often the timers of all requests in flight are looked at, and the loop's own lag with them
+
+
+@dataclass(frozen=True, slots=True)
+class Timers:
+    """Limits of one request, in seconds."""
+
+    connect_s: float = 10.0
+    first_token_s: float = 300.0
+    idle_s: float = 60.0
+    total_s: float = 900.0
+
+
+@dataclass(slots=True)
+class Senses:
+    """What the load generator noticed of itself while it played one stretch of the plan."""
+
+    started_s: float = 0.0
+    ended_s: float = 0.0
+    cpu_s: float = 0.0
+    lag_s: list[float] = field(default_factory=list)  # how late each sweep woke
+    max_in_flight: int = 0
+    reconnects: int = 0
+    connect_errors: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        lag = sorted(self.lag_s)
+        wall_s = self.ended_s - self.started_s
+        return {
+            "started_s": self.started_s,
+            "ended_s": self.ended_s,
+            "cpu_share": self.cpu_s / wall_s if wall_s > 0 else None,
+            "lag_p99_s": lag[int(0.99 * (len(lag) - 1))] if lag else None,
+            "lag_max_s": lag[-1] if lag else None,
+            "max_in_flight": self.max_in_flight,
+            "reconnects": self.reconnects,
+            "connect_errors": self.connect_errors,
+        }
+
+
+class Player:
+    """Sends requests and hands each finished exchange to `sink`.  One at a time plays; connections live on between."""
+
+    def __init__(self, target: Target, address: tuple[Any, ...], tls: ssl.SSLContext | None, timers: Timers,
+                 encode: Callable[[Request], bytes], sink: Callable[[Exchange], None],
+                 room: Callable[[], bool] = lambda: True) -> None:  # fmt: skip
+        self.target, self.address, self.tls, self.timers = target, address, tls, timers
+        self.encode, self.sink, self.room = encode, sink, room
+        self.idle: list[Wire] = []
+        self.busy: dict[Wire, Exchange] = {}
+        self.opening = 0
+        self.senses = Senses()
+        self.queue: deque[tuple[Request, bytes]] = deque()
+        self.slots = 0
+        self.barrier = False
+        self.wave = -1
+        self.start_s = 0.0
+        self.until_s = float("inf")
+        self.stopping = False
+        self.refill: Callable[[], bool] = lambda: False
+        self.done: asyncio.Future[None] | None = None
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    # -- connections
+
+    async def prepare(self, count: int) -> None:
+        """Have `count` idle connections open before the clock starts.  Raises RidgelineError when none can be had."""
+        self._allow_files(count)
+        self.idle = [wire for wire in self.idle if wire.open]
+        while len(self.idle) < count:
+            batch = min(CONNECT_AT_ONCE, count - len(self.idle))
+            found = await asyncio.gather(*(self._open() for _ in range(batch)), return_exceptions=True)
+            self.idle += [wire for wire in found if isinstance(wire, Wire)]
+            if failed := [problem for problem in found if isinstance(problem, BaseException)]:
+                self.senses.connect_errors += len(failed)
+                if len(failed) == batch:
+                    raise RidgelineError(
+                        f"{self.target.url}: no connection could be opened ({failed[0] or type(failed[0]).__name__}); "
+                        "is the server up, and does it take this many connections?", 6)  # fmt: skip
+                return
+
+    async def _open(self) -> Wire:
+        wire = Wire(self._ended, self._idle_closed)
+        return await connect(self.target, self.address, self.tls, wire, self.timers.connect_s)
+
+    def _allow_files(self, count: int) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        need = count + 64
+        if soft < need:
+            if hard != resource.RLIM_INFINITY and hard < need:
+                raise RidgelineError(
+                    f"{count} connections need {need} open files; this shell allows {hard} (ulimit -n)"
+                )
+            resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+
+    def _idle_closed(self, wire: Wire) -> None:
+        if wire in self.idle:
+            self.idle.remove(wire)
+
+    def close(self) -> None:
+        for wire in [*self.idle, *self.busy]:
+            wire.close()
+        self.idle.clear()
+
+    # -- playing
+
+    async def play(self, requests: Iterator[Request], slots: int, *, barrier: bool = False, ahead: int = 0,
+                   until_s: float = float("inf")) -> Senses:  # fmt: skip
+        """Play `requests` to the end, or start none after `until_s` seconds.
+
+        `slots` caps what is in flight (0: no cap).  With `barrier`, requests of one `wave` number go together, and the
+        next wave when all have ended.  Bodies are serialised before the clock starts: all of a wave, or `ahead` of a
+        long plan.  Returns what the generator noticed of itself.
+        """
+        self.senses = Senses()
+        self.slots, self.barrier, self.wave, self.stopping = slots, barrier, -1, False
+        self.done = asyncio.get_running_loop().create_future()
+        self._serialise(requests, ahead or 1 << 30)
+        self.refill = lambda: self._serialise(requests, 64)
+        await self.prepare(min(slots or ahead or 64, max(1, len(self.queue))))
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            self.start_s = self.senses.started_s = clock()
+            self.until_s = self.start_s + until_s
+            cpu_s = _cpu_s()
+            sweeper = asyncio.ensure_future(self._sweep())
+            self.pump()
+            await self.done
+            sweeper.cancel()
+            self.senses.ended_s, self.senses.cpu_s = clock(), _cpu_s() - cpu_s
+        finally:
+            gc.enable()
+            gc.unfreeze()
+        return self.senses
+
+    def _serialise(self, requests: Iterator[Request], count: int) -> bool:
+        for _ in range(count):
+            request = next(requests, None)
+            if request is None:
+                return False
+            self.queue.append((request, self.encode(request)))
+        return True
+
+    def stop(self) -> None:
+        """Start no further request; play() returns when those in flight have ended."""
+        self.stopping = True
+        self.queue.clear()
+        self.refill = lambda: False
+        self.pump()
+
+    def pump(self) -> None:
+        """Send all that is due and may go.  Called at the start, at each ending, and when the next one falls due."""
+        while (self.queue or self.refill()) and not self.stopping:
+            request = self.queue[0][0]
+            now = clock()
+            in_flight = len(self.busy) + self.opening
+            if now >= self.until_s and not (self.barrier and request.wave == self.wave):
+                self.stopping = True
+                self.queue.clear()
+                break
+            if not self.room():  # the recorder is behind: wait for it rather than fill the memory
+                asyncio.get_running_loop().call_later(0.05, self.pump)
+                return
+            if self.barrier and request.wave != self.wave:
+                if in_flight:
+                    return
+                wanted = sum(1 for queued, _ in self.queue if queued.wave == request.wave)
+                if len([wire for wire in self.idle if wire.open]) < wanted and self._start(self._reopen(wanted)):
+                    return
+                self.wave = request.wave
+            elif not self.barrier and self.slots and in_flight >= self.slots:
+                return
+            if request.scheduled_s is not None and (wait_s := self.start_s + request.scheduled_s - now) > 0:
+                asyncio.get_running_loop().call_later(max(0.0, wait_s - 0.0005), self.pump)
+                return
+            self._send(*self.queue.popleft())
+        if not self.busy and not self.opening and not self.queue and self.done and not self.done.done():
+            self.done.set_result(None)
+
+    def _start(self, work: Any) -> bool:
+        self.opening += 1
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return True
+
+    async def _reopen(self, wanted: int) -> None:
+        """Connections for the next wave, opened between waves so that no latency holds them."""
+        try:
+            await self.prepare(wanted)
+        except RidgelineError:
+            pass  # each request of the wave will say so in its own record
+        self.opening -= 1
+        self.wave = self.queue[0][0].wave if self.queue else self.wave
+        self.pump()
+
+    def _send(self, request: Request, payload: bytes) -> None:
+        exchange = Exchange(request, payload, request.output_tokens)
+        while self.idle:
+            wire = self.idle.pop()
+            if wire.open:
+                self._go(wire, exchange)
+                return
+        self._start(self._send_on_new(exchange))
+
+    def _go(self, wire: Wire, exchange: Exchange) -> None:
+        self.busy[wire] = exchange
+        self.senses.max_in_flight = max(self.senses.max_in_flight, len(self.busy))
+        wire.send(exchange)
+
+    async def _send_on_new(self, exchange: Exchange) -> None:
+        try:
+            wire = await self._open()
+        except OSError as problem:
+            self.opening -= 1
+            self.senses.connect_errors += 1
+            exchange.end_s = clock()
+            exchange.ending = "connect_timeout" if isinstance(problem, TimeoutError) else "connect"
+            exchange.note = str(problem) or f"no connection within {self.timers.connect_s} s"
+            self._deliver(exchange)
+            asyncio.get_running_loop().call_later(0.1, self.pump)  # not at once: a dead server is not to be hammered
+            return
+        self.opening -= 1
+        self._go(wire, exchange)
+
+    def _ended(self, wire: Wire, exchange: Exchange) -> None:
+        self.busy.pop(wire, None)
+        if exchange.ending == "disconnected_before_response" and wire.uses > 1 and not exchange.resent:
+            # The server closed an idle connection while we wrote on it: not an answer, and nothing of it was read.
+            exchange.resent, exchange.ending = True, ""
+            self.senses.reconnects += 1
+            self._start(self._send_on_new(exchange))
+            return
+        if wire.open:
+            self.idle.append(wire)
+        self._deliver(exchange)
+        self.pump()
+
+    def _deliver(self, exchange: Exchange) -> None:
+        exchange.body = b"".join(exchange.chunks)
+        exchange.chunks = []
+        self.sink(exchange)
+
+    async def _sweep(self) -> None:
+        """The timers of every request, and the measure of how late this loop runs."""
+        timers = self.timers
+        while True:
+            due = clock() + SWEEP_S
+            await asyncio.sleep(SWEEP_S)
+            now = clock()
+            self.senses.lag_s.append(now - due)
+            for wire, exchange in list(self.busy.items()):
+                age = now - exchange.sent_s
+                last = exchange.stamps_s[-1] if exchange.stamps_s else NAN
+                if age > timers.total_s:
+                    wire.finish("timeout_total", f"not over after {timers.total_s:g} s")
+                elif not exchange.stamps_s and age > timers.first_token_s:
+                    wire.finish("timeout_ttft", f"nothing came within {timers.first_token_s:g} s")
+                elif now - last > timers.idle_s:
+                    wire.finish("timeout_idle", f"silent for {timers.idle_s:g} s")
+
+
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime

@@ -1,0 +1,170 @@
+"""The words of the project: Request, Record, Run, Prediction, Finding.  Imports nothing of ours.
+
+Times are seconds.  Missing is NaN (or None for counts), never 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating[Any]]
+Ints = npt.NDArray[np.integer[Any]]
+
+NAN = float("nan")
+Severity = Literal["info", "suspect", "invalid"]
+Verdict = Literal["valid", "suspect", "invalid"]
+
+# What can bind a point; the order is that of the explanation in the report.
+LIMITS = ("memory_bandwidth", "compute", "latency", "communication", "capacity", "queue", "client")
+
+
+class RidgelineError(Exception):
+    """Something the user can mend: one sentence with where, what, what is allowed, what to do.
+
+    `code` is the process's exit code (see the README): 2 local input, 5 invalid, 6 server or engine, 7 baseline.
+    """
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request to send.  `scheduled_s` (since the trial began) is None for "when a slot frees":
+    that is the only difference between open and closed loop."""
+
+    id: int
+    prompt: str
+    output_tokens: int
+    scheduled_s: float | None = None
+    wave: int = 0
+    warmup: bool = False
+
+
+@dataclass(slots=True)
+class Record:
+    """What happened to one request.
+
+    `scheduled_s`, `sent_s` and `end_s` are seconds since the run began, on the monotonic clock.
+    `chunk_s` holds the arrivals of generated text in seconds after `sent_s` (float32: exact to a microsecond within
+    16 s), `chunk_tokens` how many tokens each carried as far as the stream tells.  So TTFT is `chunk_s[0]` and E2E is
+    `chunk_s[-1]`.  `connect_s` is the time the connection took to open, spent before `sent_s`.
+    """
+
+    id: int
+    point: int
+    trial: int
+    wave: int
+    warmup: bool
+    scheduled_s: float
+    sent_s: float
+    connect_s: float = NAN
+    end_s: float = NAN
+    chunk_s: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+    chunk_tokens: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    token_source: str = "none"  # usage | chunks | none
+    cached_tokens: int | None = None
+    status: int = 0
+    finish_reason: str = ""
+    error_class: str = ""  # empty: success
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was seen, why it matters, what to do.  `code` is stable (V001 …)."""
+
+    code: str
+    severity: Severity
+    saw: str
+    why: str
+    do: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A predicted value in SI units.  `terms` are the named parts, in the unit of the value; `combine` says how they
+    make it: "sum", or a formula in words.  `because` is a sentence with the numbers put in."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    limit: str
+    terms: dict[str, float]
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Many records as columns.  Ragged arrivals are flat: those of row i are chunk_s[start[i]:start[i + 1]].
+
+    Counts that are missing are -1 here and None elsewhere: integer columns have no NaN.
+    """
+
+    id: Ints
+    point: Ints
+    trial: Ints
+    wave: Ints
+    warmup: npt.NDArray[np.bool_]
+    scheduled_s: Floats
+    sent_s: Floats
+    connect_s: Floats
+    end_s: Floats
+    input_tokens: Ints
+    output_tokens: Ints
+    cached_tokens: Ints
+    status: Ints
+    token_source: npt.NDArray[Any]
+    finish_reason: npt.NDArray[Any]
+    error_class: npt.NDArray[Any]
+    error: npt.NDArray[Any]
+    chunk_s: Floats
+    chunk_tokens: Ints
+    start: Ints
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    @property
+    def ok(self) -> npt.NDArray[np.bool_]:
+        return np.asarray(self.error_class == "")
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> Table:
+        """The rows where `mask` (bool[n]) holds."""
+        counts = np.diff(self.start)
+        flat = np.repeat(mask, counts)
+        columns = {name: getattr(self, name)[mask] for name in SCALAR_COLUMNS}
+        start = np.concatenate([[0], np.cumsum(counts[mask])]).astype(np.int64)
+        return Table(**columns, chunk_s=self.chunk_s[flat], chunk_tokens=self.chunk_tokens[flat], start=start)
+
+
+SCALAR_COLUMNS = tuple(name for name in Table.__slots__ if name not in ("chunk_s", "chunk_tokens", "start"))
+_COUNTS = ("input_tokens", "output_tokens", "cached_tokens")
+_TEXTS = ("token_source", "finish_reason", "error_class", "error")
+
+
+def table(records: list[Record]) -> Table:
+    """Records -> columns, in the order of their ids."""
+    rows = sorted(records, key=lambda record: record.id)
+
+    def column(name: str) -> npt.NDArray[Any]:
+        values = [getattr(row, name) for row in rows]
+        if name in _COUNTS:
+            return np.array([-1 if value is None else value for value in values], np.int64)
+        return np.array(values, object if name in _TEXTS else None)
+
+    counts = [len(row.chunk_s) for row in rows]
+    return Table(
+        **{name: column(name) for name in SCALAR_COLUMNS},
+        chunk_s=np.concatenate([row.chunk_s for row in rows]) if rows else np.empty(0, np.float32),
+        chunk_tokens=np.concatenate([row.chunk_tokens for row in rows]) if rows else np.empty(0, np.int32),
+        start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    )

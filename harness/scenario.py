@@ -1,0 +1,305 @@
+"""YAML text -> validated Scenario.  An error names file, line, key, what was found and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from harness import units
+from harness.arrivals import ARRIVALS
+from harness.records import RidgelineError
+
+MAX_BYTES = 1_000_000
+
+
+def _seconds(value: Any) -> Any:
+    """A time may be written as "500ms" or "2 min"."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return units.parse(value, "time")
+    except RidgelineError as problem:
+        raise ValueError(str(problem)) from None
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_seconds)]
+Count = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Engine(Part):
+    """The server: started and stopped by the run (vllm, llama.cpp), or already there (url)."""
+
+    kind: Literal["vllm", "llama.cpp", "url"] = "url"
+    """vllm and llama.cpp are started by the run; url is a server that is already there."""
+    url: str | None = None
+    """Base URL of a server that is already there; OPENAI_BASE_URL where absent."""
+    model: str | None = None
+    """What to serve: a folder, a GGUF file, or a name that the engine knows."""
+    served_name: str | None = None
+    """The name under which the engine serves the model."""
+    python: str | None = None
+    """The interpreter whose environment holds the engine."""
+    binary: str | None = None
+    """A llama-server binary, instead of an interpreter."""
+    args: list[str] = []
+    """Further arguments of the server, as a list."""
+    env: dict[str, str] = {}
+    """Environment variables of the server."""
+    slots: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Sequences that the engine runs at once (llama.cpp)."""
+    context_tokens: Annotated[int, Field(ge=16)] | None = None
+    """Context of one sequence; default: what the workload needs."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """Threads of a CPU engine; default: all cores it may use."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port to serve on; 0 picks a free one."""
+    ready_timeout_s: Seconds = 900.0
+    """How long the engine may take until one real completion came back."""
+
+
+class Workload(Part):
+    """What is asked of the server."""
+
+    mode: Literal["wave", "closed", "open"] = "wave"
+    """wave: B together, the next B when all have ended; closed: B always in flight; open: by the clock, at a rate."""
+    api: Literal["completions", "chat"] = "completions"
+    """Which endpoint is asked."""
+    batch_sizes: Annotated[list[Annotated[int, Field(ge=1, le=65536, strict=True)]], Field(min_length=1)] = [1, 2, 4, 8]
+    """One point each (wave and closed)."""
+    rates: list[Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]] = []
+    """Requests per second, one point each (open)."""
+    arrivals: Literal["constant", "poisson", "gamma"] = "poisson"
+    """How the requests of an open loop are spaced."""
+    burstiness: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)] = 1.0
+    """Shape of gamma arrivals: below 1 is burstier than Poisson."""
+    max_in_flight: Annotated[int, Field(ge=0, le=65536)] = 0
+    """Cap on what is in flight in an open loop (0: none); waiting for it counts from the scheduled time."""
+    input_tokens: Annotated[int, Field(ge=1, le=10_000_000, strict=True)] = 350
+    """Tokens of each prompt as the server counts them, template and BOS included."""
+    output_tokens: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] = 150
+    """Tokens of each answer."""
+    waves: Count | None = None
+    """Waves per trial (wave); default 3."""
+    requests: Count | None = None
+    """Requests per trial; default: four per slot (closed), 100 (open)."""
+    duration_s: Seconds | None = None
+    """Bound on a trial's length: no request starts later."""
+    trials: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
+    """Repeats of each point, in shuffled order."""
+    warmup: Annotated[int, Field(ge=0, le=100_000, strict=True)] = 1
+    """Requests per trial before the measured ones, in waves of the point's own batch size."""
+    same_prompt: bool = False
+    """One prompt for all requests: shows what a prefix cache does."""
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 1
+    """Prompts, schedule and order follow from it."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Workload:
+        if self.mode == "open" and not self.rates:
+            raise ValueError("rates: mode open needs at least one rate (requests per second)")
+        if self.mode != "open" and self.rates:
+            raise ValueError(f"rates: belongs to mode open; mode is {self.mode} (batch_sizes says how many at once)")
+        if self.waves and self.mode != "wave":
+            raise ValueError(f"waves: belongs to mode wave; mode is {self.mode} (use requests or duration_s)")
+        if self.waves and self.requests:
+            raise ValueError("waves and requests: give one of them")
+        for key in ("batch_sizes", "rates"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: holds a value twice")
+        return self
+
+
+class Theory(Part):
+    """What the measurement is held against."""
+
+    hardware: str | None = None
+    """A row of the hardware table, or `machine` for this one as `ridgeline machine` measured it."""
+    model_config_path: str | None = Field(None, alias="model_config")
+    """A config.json, the folder that holds it, or a GGUF file; default: the served model's own."""
+    dtype: str | None = None
+    """Precision of the weights where the configuration does not tell (fp16, bf16, fp8, int8, int4 …)."""
+    kv_dtype: str | None = None
+    """Precision of the KV cache."""
+    tp: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Accelerators that share each layer."""
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(),
+                              use_attribute_docstrings=True)  # fmt: skip
+
+
+class Limits(Part):
+    """When to give up."""
+
+    connect_s: Seconds = 10.0
+    """For a connection to open."""
+    first_token_s: Seconds = 300.0
+    """For the first byte of an answer."""
+    idle_s: Seconds = 60.0
+    """Between two reads."""
+    total_s: Seconds = 900.0
+    """For one request."""
+    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of failed requests above which the command ends with exit code 6."""
+
+
+class Scenario(Part):
+    """One experiment.  The file is its documentation."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")] = "run"
+    """Names the run folder and the report: letters, digits, dot, dash, underscore."""
+    description: str = ""
+    """What this experiment is for."""
+    engine: Engine = Engine()
+    model: str | None = None
+    """The model to ask for; default: the only one in /v1/models."""
+    tokenizer: str | None = None
+    """A tokenizer.json or its folder; default: the model's folder, then the server's /tokenize, then its usage."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key; the key itself never stands in a file."""
+    workload: Workload = Workload()
+    theory: Theory = Theory()
+    limits: Limits = Limits()
+    report: str | None = None
+    """Where the report goes; default: report.html in the run folder."""
+
+
+def load(text: str, where: str = "scenario") -> Scenario:
+    """Parse and validate.  Raises RidgelineError (code 2): `where:line: key: what is wrong, what is allowed`."""
+    if len(text) > MAX_BYTES:
+        raise RidgelineError(f"{where}: {len(text):,} characters; a scenario has at most {MAX_BYTES:,}")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is None:
+            raise RidgelineError(f"{where}:1: the file is empty; `ridgeline config init` writes one to start from")
+        lines = _lines(node, where)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        mark = getattr(problem, "problem_mark", None) or getattr(problem, "context_mark", None)
+        line = mark.line + 1 if mark else 1
+        said = getattr(problem, "problem", None) or str(problem).split("\n")[0]
+        raise RidgelineError(f"{where}:{line}: not valid YAML: {said}") from None
+    except (ValueError, RecursionError) as problem:  # an impossible date, a nesting without end
+        raise RidgelineError(f"{where}:1: not valid YAML: {str(problem)[:200]}") from None
+    if not isinstance(values, dict):
+        raise RidgelineError(f"{where}:1: expected keys and values at the top, got {type(values).__name__}")
+    return validate(values, where, lines)
+
+
+def validate(values: dict[str, Any], where: str, lines: dict[tuple[Any, ...], int] | None = None) -> Scenario:
+    try:
+        return Scenario.model_validate(values)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False)[0]
+        raise RidgelineError(_explain(first, where, lines or {})) from None
+
+
+def schema() -> str:
+    """The JSON Schema of a scenario, for editors."""
+    return json.dumps(Scenario.model_json_schema(by_alias=True), indent=1, sort_keys=True)
+
+
+def _lines(
+    node: Any, where: str, path: tuple[Any, ...] = (), seen: set[int] | None = None
+) -> dict[tuple[Any, ...], int]:
+    """The line of each key.  A key that stands twice is an error: YAML would silently take the last."""
+    seen = set() if seen is None else seen
+    if len(path) > 50:
+        raise RidgelineError(f"{where}:{node.start_mark.line + 1}: nested too deeply")
+    if id(node) in seen:  # a few lines of aliases can stand for gigabytes
+        raise RidgelineError(f"{where}:{node.start_mark.line + 1}: {_dotted(path)}: aliases (*name) are not allowed")
+    seen.add(id(node))
+    found = {path: node.start_mark.line + 1}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            at = (*path, getattr(key, "value", None) if isinstance(key, yaml.ScalarNode) else None)
+            if at in found:
+                raise RidgelineError(f"{where}:{key.start_mark.line + 1}: {_dotted(at)}: stands twice")
+            found |= _lines(value, where, at, seen)
+            found[at] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            found |= _lines(value, where, (*path, i), seen)
+    return found
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f"{'.' if text else ''}{step}"
+    return text or "(top)"
+
+
+def _explain(error: Any, where: str, lines: dict[tuple[Any, ...], int]) -> str:
+    path = tuple(error["loc"])
+    known = path
+    while known and known not in lines:
+        known = known[:-1]
+    key, value = _dotted(path), error.get("input")
+    said = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        said = _unknown_key(path)
+    elif error["type"] == "value_error":
+        if isinstance(value, dict) and ": " in said:  # a rule over several keys names the one to mend
+            key, _, said = f"{key}.{said}".partition(": ")
+    else:
+        said = f"got {_short(value)}; {said[:1].lower()}{said[1:]}"
+    line = f":{lines[known]}" if known in lines else ""
+    return f"{where}{line}: {key}: {said}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _unknown_key(path: tuple[Any, ...]) -> str:
+    part: Any = Scenario
+    for step in path[:-1]:
+        field = part.model_fields.get(step) if hasattr(part, "model_fields") else None
+        part = field.annotation if field else None
+    allowed = sorted(f.alias or n for n, f in part.model_fields.items()) if hasattr(part, "model_fields") else []
+    near = difflib.get_close_matches(str(path[-1]), allowed, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown key; {hint}known: {', '.join(allowed)}"
+
+
+def commented() -> str:
+    """A scenario with every key, its default and its meaning."""
+    lines = ["# A Ridgeline scenario: `ridgeline run THIS_FILE`.  Every key has a default; keep what you change."]
+    for name, field in Scenario.model_fields.items():
+        part = field.annotation
+        if isinstance(part, type) and issubclass(part, Part):
+            lines += ["", f"# {(part.__doc__ or '').strip()}", f"{name}:"]
+            lines += ["  " + _commented_key(key, inner) for key, inner in part.model_fields.items()]
+        else:
+            lines.append(_commented_key(name, field))
+    return "\n".join(lines) + "\n"
+
+
+def _commented_key(name: str, field: Any) -> str:
+    default = field.get_default(call_default_factory=True)
+    value = "" if default is None else json.dumps(default)
+    key = field.alias or name
+    return f"{'# ' if default is None else ''}{key}: {value}".rstrip() + f"  # {field.description}"
+
+
+def dump(scenario: Scenario) -> str:
+    """The scenario as YAML with all that was set, for the run folder."""
+    values = scenario.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def default_name(path: str) -> str:
+    return PurePath(path).stem
+
+
+assert set(Workload.model_fields["arrivals"].annotation.__args__) == set(ARRIVALS)  # type: ignore[union-attr]

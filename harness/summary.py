@@ -1,0 +1,213 @@
+"""Run -> summary: the figures of each point, theory beside them, the verdict.  A pure function of what is on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from harness import checks, metrics, units
+from harness.records import NAN, Finding, RidgelineError, Table
+from harness.theory import seeds
+from harness.theory.hardware import Hardware
+from harness.theory.predict import plane, predict
+from harness.theory.shape import Model
+
+COMPARED = ("ttft_s", "itl_s", "e2e_s", "output_tokens_per_s")
+
+
+def build(run: Mapping[str, Any], state: str, records: Table, events: Sequence[Mapping[str, Any]],
+          samples: Sequence[Mapping[str, Any]], notes: Sequence[str], model: Model | None,
+          hardware: Hardware | None) -> dict[str, Any]:  # fmt: skip
+    """The summary (format: see store).  Points without a measured request are left out."""
+    scenario = run["scenario"]
+    workload = scenario["workload"]
+    theory = scenario["theory"]
+    asked_in, asked_out = workload["input_tokens"], workload["output_tokens"]
+    points = []
+    for index, plan in enumerate(run["points"]):
+        of_point = records.where((records.point == index) & ~records.warmup)
+        if not len(of_point):
+            continue
+        slots = plan["batch_size"] or 0
+        row = {"point": index} | plan | metrics.point_summary(of_point, workload["mode"], slots)
+        spans = [e for e in events if e.get("event") == "trial_end" and e["point"] == index]
+        seen = [
+            s for s in samples if any(e["senses"]["started_s"] <= s["at_s"] <= e["senses"]["ended_s"] for e in spans)
+        ]
+        row["batch_ran"] = _batch_ran(seen)
+        row["predicted"] = _predicted(row, workload, theory, model, hardware)
+        evidence = checks.Evidence(row, of_point, asked_in, asked_out, workload["mode"], [e["senses"] for e in spans],
+                                   seen, row["predicted"], workload["same_prompt"], workload["api"])  # fmt: skip
+        findings = checks.run_checks(evidence)
+        row["verdict"] = checks.verdict(findings)
+        row["findings"] = [dataclasses.asdict(f) for f in findings]
+        points.append(row)
+    findings = _run_findings(run, state, notes, model, hardware)
+    worst = max((row["verdict"] for row in points), key=("valid", "suspect", "invalid").index, default="invalid")
+    verdict = max(worst, checks.verdict(findings), key=("valid", "suspect", "invalid").index)
+    summary = {
+        "schema": 1,
+        "state": state,
+        "name": scenario["name"],
+        "model": run.get("model"),
+        "engine": run.get("engine"),
+        "workload": workload,
+        "hardware": hardware.as_dict() if hardware else None,
+        "architecture": _architecture(model, theory) if model else None,
+        "start": _start(run, model),
+        "findings": [dataclasses.asdict(f) for f in findings],
+        "verdict": verdict,
+        "points": points,
+        "plane": _plane(workload, theory, model, hardware),
+    }
+    return summary | {"verdict_sentence": sentence(summary)}
+
+
+def _batch_ran(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What the server ran at once, from its own metrics.  Idle samples lie between waves and tell nothing."""
+    running = [s["running"] for s in samples if s.get("running")]
+    if not running:
+        return None
+    source = next(s["names"]["running"] for s in samples if "running" in s.get("names", {}))
+    return {"mean": float(np.mean(running)), "max": max(running), "n": len(running), "source": source}
+
+
+def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], theory: Mapping[str, Any], model: Model | None,
+               hardware: Hardware | None) -> dict[str, Any] | None:  # fmt: skip
+    if model is None or hardware is None:
+        return None
+    batch = row["batch_size"]
+    if batch is None:  # open loop: by Little's law, what was in flight on average
+        e2e_s = row["e2e_s"]["mean"]
+        batch = max(1.0, row["requests_per_s"] * e2e_s) if e2e_s == e2e_s else 1.0
+    lengths = (row["input_tokens"] or workload["input_tokens"], row["output_tokens"] or workload["output_tokens"])
+    try:
+        found = predict(model, hardware, batch=max(1, round(batch)), input_tokens=round(lengths[0]),
+                        output_tokens=round(lengths[1]), dtype=theory["dtype"], kv_dtype=theory["kv_dtype"],
+                        tp=theory["tp"], mode=workload["mode"]).as_dict()  # fmt: skip
+    except RidgelineError:
+        return None
+    measured = {
+        name: row[name]["mean"] if name.endswith("_s") and isinstance(row[name], dict) else row[name]
+        for name in COMPARED
+    }
+    found["ratio"] = {name: measured[name] / found[name]["value"] if found[name]["value"] else NAN for name in COMPARED}
+    return found
+
+
+def _plane(workload: Mapping[str, Any], theory: Mapping[str, Any], model: Model | None,
+           hardware: Hardware | None) -> dict[str, Any] | None:  # fmt: skip
+    if model is None or hardware is None:
+        return None
+    try:
+        return plane(model, hardware, input_tokens=workload["input_tokens"], output_tokens=workload["output_tokens"],
+                     dtype=theory["dtype"], tp=theory["tp"])  # fmt: skip
+    except RidgelineError:
+        return None
+
+
+def _architecture(model: Model, theory: Mapping[str, Any]) -> dict[str, Any]:
+    return model.as_dict() | {
+        "weight_bytes": model.weight_bytes(theory["dtype"]),
+        "kv_bytes_per_token": model.kv_bytes_per_token(theory["kv_dtype"]),
+        "dtype": theory["dtype"] or model.dtype,
+    }
+
+
+def _start(run: Mapping[str, Any], model: Model | None) -> dict[str, Any] | None:
+    """The engine's start in its stages, and what reading the weights from disk should take (seed 000)."""
+    stages = (run.get("engine") or {}).get("stages")
+    if not stages:
+        return None
+    disk = (run.get("engine") or {}).get("disk_bytes_per_s")
+    weights = (run.get("engine") or {}).get("weight_bytes") or (
+        model.weight_bytes(run["scenario"]["theory"]["dtype"]) if model else None
+    )
+    predicted = seeds.load_s(weights, disk) if weights and disk else None
+    return {"stages": stages, "weight_bytes": weights, "disk_bytes_per_s": disk, "predicted_load_s": predicted}
+
+
+def _run_findings(run: Mapping[str, Any], state: str, notes: Sequence[str], model: Model | None,
+                  hardware: Hardware | None) -> list[Finding]:  # fmt: skip
+    found = []
+    if state != "complete":
+        said = "was interrupted" if state == "interrupted" else "did not end: it was killed or is still going on"
+        found.append(Finding("R001", "suspect", f"the run {said}", "points may be missing or have fewer requests than planned",
+                             "run it again for figures to be quoted"))  # fmt: skip
+    for note in notes:
+        found.append(
+            Finding(
+                "R002", "suspect", note, "these requests are in no figure", "keep the folder if you need to know more"
+            )
+        )
+    for why in run.get("no_prediction", []) if model is None or hardware is None else []:
+        found.append(Finding("R003", "info", why["saw"], "without it no figure can be held against theory", why["do"]))
+    for caveat in hardware.caveats if hardware else ():
+        found.append(Finding("R004", "info", f"hardware row {hardware.name}: {caveat}",  # type: ignore[union-attr]
+                             "a prediction is as good as its row", "measure the part that matters, or take another source"))  # fmt: skip
+    tokens = run.get("prompts") or {}
+    if tokens.get("source") == "none":
+        found.append(Finding("R005", "suspect", "prompt lengths are estimates: no tokenizer, and no usage from the server",
+                             "the points are not of the length asked", "give --tokenizer"))  # fmt: skip
+    return found
+
+
+def sentence(summary: Mapping[str, Any]) -> str:
+    """The verdict in a sentence, for people who read no further."""
+    points = summary["points"]
+    model = summary["model"] or "the model"
+    if not points:
+        return f"Nothing was measured of {model}."
+    good = [p for p in points if p["verdict"] != "invalid" and p["output_tokens_per_s"] == p["output_tokens_per_s"]]
+    if not good:
+        return f"No point of {model} is valid: see the findings before quoting any figure."
+    best = max(good, key=lambda p: p["output_tokens_per_s"])
+    at = f"batch size {best['batch_size']}" if best["batch_size"] else f"{units.number(best['rate'])} requests/s"
+    text = (f"{model} gave at most {units.number(best['output_tokens_per_s'], 3)} output tokens/s, at {at} "
+            f"(TTFT {units.seconds(best['ttft_s']['mean'], 3)}, ITL {units.seconds(best['itl_s']['mean'], 3)})")  # fmt: skip
+    if predicted := best["predicted"]:
+        ratio = predicted["ratio"]["itl_s"]
+        text += (f"; a token took {units.number(ratio, 3)} times what theory predicts for {summary['hardware']['name']}, "
+                 f"where the limit is {predicted['limit'].replace('_', ' ')}")  # fmt: skip
+    counts = {v: sum(p["verdict"] == v for p in points) for v in ("suspect", "invalid")}
+    doubts = [f"{n} of {len(points)} points {v}" for v, n in counts.items() if n]
+    return text + (f". {' and '.join(doubts).capitalize()}: see the findings." if doubts else ".")
+
+
+def public(summary: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """The object that `--json` prints: latencies in ms, one line a point."""
+    return {
+        "run": folder,
+        "model": summary["model"],
+        "engine": (summary["engine"] or {}).get("kind"),
+        "state": summary["state"],
+        "verdict": summary["verdict"],
+        "findings": summary["findings"],
+        "points": [_public_point(point) for point in summary["points"]],
+    }
+
+
+def _public_point(point: Mapping[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name, value in point.items():
+        if isinstance(value, dict) and name.endswith("_s"):
+            row[f"{name[:-2]}_ms"] = {k: v if k == "n" else _ms(v) for k, v in value.items()}
+        elif name == "predicted" and value:
+            row[name] = {f"{k[:-2]}_ms": _ms(value[k]["value"]) for k in ("ttft_s", "itl_s", "e2e_s")} | {
+                "output_tokens_per_s": value["output_tokens_per_s"]["value"],
+                "limit": value["limit"],
+                "largest_batch": value["largest_batch"],
+                "ratio": {
+                    k.removesuffix("_s") if k != "output_tokens_per_s" else k: v for k, v in value["ratio"].items()
+                },
+            }
+        else:
+            row[name] = value
+    return row
+
+
+def _ms(value_s: float | None) -> float | None:
+    return None if value_s is None else value_s * 1e3
