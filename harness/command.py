@@ -204,30 +204,42 @@ def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
 
 
 def plan_text(scenario: Scenario) -> str:
-    """What a run would do, and what theory predicts: all of it without a server."""
+    """What a run would do, and what theory predicts: all of it without a server or a measurement."""
     from harness.run import counts_of, points_of
 
     workload = scenario.workload
-    lines = [f"{scenario.name}: {workload.mode}, {workload.input_tokens} tokens in, {workload.output_tokens} out, "
-             f"{workload.trials} trial{'s' if workload.trials > 1 else ''}, engine {scenario.engine.kind}"]  # fmt: skip
+    trials = f"{workload.trials} trial{'s' if workload.trials > 1 else ''}"
+    lines = [
+        f"{scenario.name}: {workload.mode}, {workload.input_tokens} tokens in, {workload.output_tokens} out, {trials}, "
+        f"engine {scenario.engine.kind}"
+    ]
     theory = scenario.theory.model_dump(by_alias=True)
-    wants = bool(theory["model_config"] or scenario.engine.model) and bool(theory["hardware"])
-    inputs = theory_inputs(theory, {"model_path": theory["model_config"]}, Progress()) if wants else None
+    wants = theory["model_config"] and theory["hardware"] not in (None, "machine")
+    inputs = theory_inputs(theory, {}, Progress()) if wants else None
     for point in points_of(workload):
         warm, measured = counts_of(workload, point)
-        text = f"  {point.label}: {warm} warm-up + {measured if measured is not None else 'as many as fit'} requests per trial"
+        text = f"  {point.label}: {warm} warm-up + {measured or 'as many as fit'} requests per trial"
         if inputs and inputs["model"] and inputs["hardware"]:
-            text += _predicted_text(inputs, scenario, point.batch_size or 1)
+            text += "; " + _predicted_text(inputs, scenario, point.batch_size or 1)
         lines.append(text)
     return "\n".join(lines + [why["saw"] for why in (inputs["missing"] if inputs else [])])
 
 
 def _predicted_text(inputs: Mapping[str, Any], scenario: Scenario, batch: int) -> str:
     w, t = scenario.workload, scenario.theory
-    found = predict(model_from(inputs["model"]), from_row(inputs["hardware"]), batch=batch, input_tokens=w.input_tokens,
-                    output_tokens=w.output_tokens, dtype=t.dtype, kv_dtype=t.kv_dtype, tp=t.tp, mode=w.mode)  # fmt: skip
-    return (f"; predicted TTFT {units.seconds(found.ttft_s.value, 3)}, ITL {units.seconds(found.itl_s.value, 3)}, "
-            f"{units.number(found.output_tokens_per_s.value, 3)} tokens/s, limit {found.limit}")  # fmt: skip
+    model, row = model_from(inputs["model"]), from_row(inputs["hardware"])
+    found = predict(
+        model, row, batch=batch, input_tokens=w.input_tokens, output_tokens=w.output_tokens, dtype=t.dtype,
+        kv_dtype=t.kv_dtype, tp=t.tp, mode=w.mode,
+    )  # fmt: skip
+    if not found.fits:
+        need, have = units.size(model.weight_bytes(t.dtype), 3), units.size(row.mem_bytes * t.tp, 3)
+        return f"does not fit: {need} of weights and the KV cache of one request, in {have}"
+    return (
+        f"predicted TTFT {units.seconds(found.ttft_s.value, 3)}, ITL {units.seconds(found.itl_s.value, 3)}, "
+        f"{units.number(found.output_tokens_per_s.value, 3)} tokens/s, limit {found.limit}, "
+        f"largest batch {found.largest_batch}"
+    )
 
 
 def machine(out: Path | None, fresh: bool, as_json: bool) -> str:

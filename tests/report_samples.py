@@ -1,0 +1,87 @@
+"""Runs for the tests of the report: the sample on disk, and its variants."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness.report.page import RunView
+
+DATA = Path(__file__).parent / "data"
+LOG = "main: server is listening\nslot released"
+
+HOSTILE = (
+    "</script><script>window.pwned=1</script>\"'><img src=x onerror=window.pwned=1>"
+    "<a href='javascript:window.pwned=1'>x</a>\u2028\u2029\x00\ud800\u202e--><!--]]>&lt;b&gt;{{7*7}}${1+1}%{x}\n`#0072b2"
+)
+HOSTILE_LINK = "<a href=\"javascript:window.pwned=1\" target='_self'>javascript:window.pwned=1</a>"
+
+
+def sample() -> RunView:
+    summary, run = (json.loads((DATA / f"sample_{name}.json").read_text("utf-8")) for name in ("summary", "run"))
+    return RunView(summary, run, LOG)
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> RunView:
+    """The sample with its summary changed in place by a function."""
+    view = sample()
+    change(view.summary)
+    return view
+
+
+def empty() -> RunView:
+    """What is left of a run killed before its first point."""
+    summary = {"schema": 1, "state": "incomplete", "name": "killed", "model": None, "engine": None, "points": [],
+               "hardware": None, "architecture": None, "start": None, "findings": [], "plane": None}  # fmt: skip
+    return RunView(summary, {})
+
+
+def without_theory(*, hardware: bool = True, architecture: bool = True) -> RunView:
+    def change(summary: dict[str, Any]) -> None:
+        summary["plane"] = None
+        summary["hardware"] = None if hardware else summary["hardware"]
+        summary["architecture"] = None if architecture else summary["architecture"]
+        for point in summary["points"]:
+            point["predicted"] = None
+
+    return changed(change)
+
+
+def open_loop() -> RunView:
+    def change(summary: dict[str, Any]) -> None:
+        summary["workload"]["mode"] = "open"
+        for place, point in enumerate(summary["points"]):
+            point.update(batch_size=None, rate=0.5 * (place + 1))
+        summary["points"][0]["batch_ran"] = None
+
+    return changed(change)
+
+
+def batches(count: int) -> RunView:
+    def change(summary: dict[str, Any]) -> None:
+        points = summary["points"]
+        summary["points"] = [copy.deepcopy(points[k % 4]) | {"point": k, "batch_size": 2**k} for k in range(count)]
+
+    return changed(change)
+
+
+def hostile(text: str = HOSTILE) -> RunView:
+    """The sample with every text, and every free key, replaced or followed by a hostile one."""
+
+    def poison(value: Any, free: bool = False) -> Any:
+        if isinstance(value, str):
+            return text
+        if isinstance(value, list):
+            return [poison(entry) for entry in value]
+        if isinstance(value, dict):
+            return {key + text if free else key: poison(entry, key in _FREE) for key, entry in value.items()}
+        return value
+
+    view = sample()
+    return RunView(poison(view.summary), poison(view.run), text + "\n" + text)
+
+
+_FREE = {"terms", "error_classes", "flops", "versions", "machine", "scenario", "engine"}

@@ -1,0 +1,155 @@
+"""What real servers sent, and what broken ones might."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness import dialects
+
+STREAMS = sorted((Path(__file__).parent / "data" / "sse").glob("*.txt"))
+
+
+def body_of(path: Path) -> bytes:
+    return path.read_bytes().partition(b"\n\n")[2]
+
+
+def say(*events: object, done: bool = True) -> bytes:
+    lines = [b"data: " + (e if isinstance(e, bytes) else json.dumps(e).encode()) + b"\n\n" for e in events]
+    return b"".join(lines) + (b"data: [DONE]\n\n" if done else b"")
+
+
+def token(text: str, finish: str | None = None, **more: object) -> dict[str, object]:
+    return {"choices": [{"index": 0, "text": text, "finish_reason": finish}], **more}
+
+
+def usage(prompt: int, completion: int) -> dict[str, object]:
+    return {"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": completion}}
+
+
+def read(body: bytes, status: int = 200, ending: str = "complete", asked: int = 3) -> dialects.Answer:
+    """Read with one stamp per byte, so that an event's stamp is its last byte's offset."""
+    return dialects.interpret(body, list(range(1, len(body) + 1)), list(range(1, len(body) + 1)), status, ending, asked)
+
+
+@pytest.mark.parametrize("path", STREAMS, ids=lambda p: p.stem)
+def test_a_recorded_stream_is_a_success_of_150_tokens(path: Path) -> None:
+    answer = read(body_of(path), asked=150)
+    assert (answer.error_class, answer.output_tokens, answer.token_source) == ("", 150, "usage")
+    assert answer.finish_reason == "length"
+    assert 340 < (answer.input_tokens or 0) < 400
+    assert 145 <= len(answer.arrivals_s) <= 150
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(STREAMS), st.lists(st.integers(0, 40_000), max_size=40), st.booleans())
+def test_the_same_bytes_give_the_same_events_however_they_were_cut(path: Path, cuts: list[int], crlf: bool) -> None:
+    body = body_of(path).replace(b"\n", b"\r\n") if crlf else body_of(path)
+    ends = sorted({min(cut + 1, len(body)) for cut in cuts} | {len(body)})
+    answer = dialects.interpret(body, [float(end) for end in ends], ends, 200, "complete", 150)
+    whole = dialects.interpret(body, [0.0], [len(body)], 200, "complete", 150)
+    assert answer.arrival_tokens == whole.arrival_tokens
+    assert answer.output_tokens == whole.output_tokens
+    assert answer.arrivals_s == sorted(answer.arrivals_s)
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "datas"),
+    [
+        ("one BOM is dropped", b"\xef\xbb\xbfdata: 1\n\n", [b"1"]),
+        ("CR, LF and CRLF end lines", b"data: 1\r\rdata: 2\n\ndata: 3\r\n\r\n", [b"1", b"2", b"3"]),
+        ("comments are nothing", b": ping\n\n:\n\ndata: 1\n\n", [b"1"]),
+        ("several data lines join", b"data: a\ndata: b\n\n", [b"a\nb"]),
+        ("no space after the colon", b"data:a\n\n", [b"a"]),
+        ("an unfinished event is dropped", b"data: 1\n\ndata: 2\n", [b"1"]),
+        ("a final [DONE] needs no blank line", b"data: 1\n\ndata: [DONE]", [b"1", b"[DONE]"]),
+        ("U+2028 ends no line", "data: a\u2028b\n\n".encode(), ["a\u2028b".encode()]),
+        ("other fields are no data", b"id: 7\nretry: 1\ndata: 1\n\n", [b"1"]),
+    ],
+)
+def test_events_follow_the_standard(name: str, body: bytes, datas: list[bytes]) -> None:
+    assert [event.data for event in dialects.events(body)] == datas
+
+
+@pytest.mark.parametrize(
+    ("expected", "body", "ending"),
+    [
+        ("", say(token("a"), token("b", "length"), usage(5, 2)), "complete"),
+        ("", say(token("a"), token("b", "length"), done=False), "complete"),
+        ("", say({"error": None, **token("a")}, token("b", "stop")), "complete"),
+        ("truncated", say(token("a"), token("b"), done=False), "complete"),
+        ("truncated", say(token("a"), done=False), "eof"),
+        ("stream_reset", say(token("a"), done=False), "stream_reset"),
+        ("timeout_idle", say(token("a"), done=False), "timeout_idle"),
+        ("aborted_by_server", say(token("a"), token("", "abort")), "complete"),
+        ("server_error_in_band", say(token("a"), {"error": {"message": "boom"}}), "complete"),
+        ("server_error_in_band", say({"error": "boom", "error_type": "generation"}), "complete"),
+        ("server_error_in_band", say({"object": "error", "message": "boom"}), "complete"),
+        ("server_error_in_band", b'event: error\ndata: {"message":"boom"}\n\n', "complete"),
+        ("server_error_in_band", b'error: {"message":"boom"}\n\n', "complete"),
+        ("empty_output", say(token("", "stop"), usage(5, 0)), "complete"),
+        ("not_an_llm_response", b"<html>hello</html>", "complete"),
+        ("encoding", say(b"{not json"), "complete"),
+        ("runaway", say(*[token("a")] * 20, token("", "length")), "complete"),
+    ],
+)
+def test_every_ending_has_its_class(expected: str, body: bytes, ending: str) -> None:
+    assert read(body, ending=ending).error_class == expected
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (404, b'{"error":{"message":"no such model"}}', ("http_404", "no such model")),
+        (503, b"busy", ("http_503", "busy")),
+        (302, b"", ("redirect", "")),
+        (400, b'{"message":"maximum context length is 512"}', ("context_length", "maximum context length is 512")),
+        (204, b"", ("http_204", "")),
+    ],
+)
+def test_any_status_but_200_is_a_failure_with_the_servers_words(status: int, body: bytes, expected: tuple[str, str]) -> None:
+    answer = read(body, status=status)
+    assert (answer.error_class, answer.error) == expected
+
+
+def test_a_role_chunk_is_no_token_and_reasoning_is_one() -> None:
+    chunks = [{"role": "assistant", "content": ""}, {"reasoning_content": "hm"}, {"content": "a"}]
+    body = say(*[{"choices": [{"index": 0, "delta": delta}]} for delta in chunks], usage(5, 2))
+    answer = read(body)
+    assert len(answer.arrivals_s) == 2
+    assert answer.arrivals_s[0] > body.index(b"hm")
+
+
+def test_continuous_usage_is_taken_and_never_summed() -> None:
+    body = say(*[token("a", None, usage={"prompt_tokens": 7, "completion_tokens": n}) for n in (1, 4, 6)], token("", "length"))
+    answer = read(body, asked=6)
+    assert (answer.output_tokens, answer.input_tokens, answer.arrival_tokens) == (6, 7, [1, 3, 2])
+
+
+def test_without_usage_tokens_are_counted_by_events_and_say_so() -> None:
+    answer = read(say(token("a"), token("b", "length")))
+    assert (answer.output_tokens, answer.token_source, answer.input_tokens) == (2, "chunks", None)
+
+
+def test_an_event_is_stamped_by_the_read_that_completed_it() -> None:
+    body = say(token("a"), token("b", "length"), done=False)
+    first = body.index(b"\n\n") + 2
+    answer = dialects.interpret(body, [1.0, 2.0, 3.0], [first - 1, first, len(body)], 200, "complete", 2)
+    assert answer.arrivals_s == [2.0, 3.0]
+
+
+def test_control_characters_of_an_error_never_reach_a_terminal() -> None:
+    assert "\x1b" not in read(b"\x1b[31mred", status=500).error
+
+
+@pytest.mark.parametrize("api", dialects.APIS)
+def test_a_request_asks_for_the_exact_length_and_for_usage(api: str) -> None:
+    path, body = dialects.encode(api, "m", "hi", 7, ("ignore_eos", "min_tokens"))
+    said = json.loads(body)
+    assert path == dialects.APIS[api]
+    assert (said["max_tokens"], said["min_tokens"], said["ignore_eos"]) == (7, 7, True)
+    assert said["stream_options"] == {"include_usage": True}

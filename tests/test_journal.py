@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from harness import journal
+from harness.records import NAN, Record, RidgelineError
+
+
+def record(i: int) -> Record:
+    n = i % 5
+    return Record(
+        i, 0, 0, i // 4, False, NAN if i % 2 else 1.5, 2.0 + i, end_s=3.0 + i, chunk_s=np.arange(n, dtype=np.float32) / 8,
+        chunk_tokens=np.ones(n, np.int32), output_tokens=n or None, token_source="usage", status=200, error="ünï" * n,
+    )  # fmt: skip
+
+
+def written(n: int) -> bytes:
+    parts = [journal.encode(record(i)) for i in range(n)]
+    return journal.MAGIC + b"".join(parts) + journal.encode_event({"event": "trial_end", "at_s": 1.5})
+
+
+def test_a_record_comes_back_as_it_was() -> None:
+    reading = journal.Reading()
+    for i, back in enumerate(journal.read(written(9), reading)):
+        one = record(i)
+        assert back.chunk_s.tolist() == one.chunk_s.tolist()
+        assert math.isnan(back.scheduled_s) == math.isnan(one.scheduled_s)
+        for name in ("id", "wave", "sent_s", "end_s", "output_tokens", "input_tokens", "token_source", "error", "warmup"):
+            assert getattr(back, name) == getattr(one, name), name
+    assert reading.events == [{"event": "trial_end", "at_s": 1.5}]
+    assert (reading.torn_bytes, reading.bad_frames) == (0, [])
+
+
+def test_a_journal_cut_at_any_byte_loses_only_the_cut_record() -> None:
+    data = written(12)
+    ends = [len(journal.MAGIC)]
+    for i in range(12):
+        ends.append(ends[-1] + len(journal.encode(record(i))))
+    for cut in range(len(data)):
+        reading = journal.Reading()
+        whole = list(journal.read(data[:cut], reading))
+        assert len(whole) == sum(end <= cut for end in ends[1:]), cut
+        kept = max((end for end in ends if end <= cut), default=0)
+        assert reading.torn_bytes == cut - kept
+
+
+def test_a_flipped_bit_costs_its_record_and_names_it() -> None:
+    data = bytearray(written(6))
+    at = len(journal.MAGIC) + len(journal.encode(record(0))) + 30
+    data[at] ^= 4
+    reading = journal.Reading()
+    assert [r.id for r in journal.read(bytes(data), reading)] == [0, 2, 3, 4, 5]
+    assert reading.bad_frames == [2]
+
+
+def test_random_damage_never_raises_anything_but_a_clear_error() -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        data = bytearray(written(5))
+        for _ in range(rng.randint(1, 5)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            list(journal.read(bytes(data), journal.Reading()))
+        except RidgelineError:
+            pass
+
+
+@pytest.mark.parametrize(("data", "said"), [(b"PAR1....", "not a Ridgeline journal"), (b"ridgeline journal 9\n", "newer")])
+def test_what_is_no_journal_of_ours_is_refused_by_name(data: bytes, said: str) -> None:
+    with pytest.raises(RidgelineError, match=said):
+        list(journal.read(data, journal.Reading()))

@@ -1,0 +1,98 @@
+"""Arrivals, prompts and plans: what will be sent, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import numpy as np
+import pytest
+
+from harness import prompts, run, scenario, tokens
+from harness.arrivals import ARRIVALS
+from harness.records import RidgelineError
+
+
+@pytest.mark.parametrize("name", ARRIVALS)
+@pytest.mark.parametrize(("rate", "burstiness"), [(5.0, 1.0), (200.0, 0.5), (20.0, 4.0)])
+def test_arrivals_keep_their_name(name: str, rate: float, burstiness: float) -> None:
+    due = ARRIVALS[name](np.random.default_rng(3), rate, 40_000, burstiness)
+    gaps = np.diff(due)
+    assert np.all(gaps >= 0)
+    assert len(due) / due[-1] == pytest.approx(rate, rel=0.02)
+    expected = {"constant": 0.0, "poisson": 1.0, "gamma": 1 / np.sqrt(burstiness)}[name]
+    assert np.std(gaps) / np.mean(gaps) == pytest.approx(expected, rel=0.05, abs=1e-9)
+
+
+async def by_words(text: str) -> int:
+    """A tokenizer of 4 characters a token, words apart, and one BOS: awkward enough that lengths must be searched."""
+    return 1 + sum(-(-len(word) // 4) for word in text.split())
+
+
+@pytest.mark.parametrize("wanted", [40, 64, 350, 1000, 4096])
+def test_a_prompt_has_exactly_the_tokens_asked_for(wanted: int) -> None:
+    text, _ = asyncio.run(prompts.fit(by_words, prompts.head(7), 11, wanted))
+    assert asyncio.run(by_words(text)) == wanted
+    assert text.startswith(prompts.OPENING) and text.endswith(prompts.CLOSING)
+
+
+def test_a_prompt_shorter_than_its_template_is_refused_with_the_number() -> None:
+    with pytest.raises(RidgelineError, match="template alone has"):
+        asyncio.run(prompts.fit(by_words, prompts.head(0), 0, 5))
+
+
+def test_heads_are_all_different() -> None:
+    assert len({prompts.head(i) for i in range(5000)}) == 5000
+
+
+@pytest.mark.parametrize("source", ["tokenizer", "usage"])
+@pytest.mark.parametrize("template", [0, 23])
+def test_prompts_have_the_servers_count_whatever_its_template_adds(source: str, template: int) -> None:
+    async def ask(text: str, n: int) -> int:
+        return await by_words(text) + template
+
+    built = asyncio.run(tokens.build(tokens.Counter(source, by_words), ask, 40, 350, 1, False, lambda n: None))
+    counts = {asyncio.run(ask(built.at(i), 1)) for i in range(60)}
+    assert counts == {350}
+    assert built.proven and built.offset == (template if source == "tokenizer" else 0)
+    assert len({built.at(i) for i in range(60)}) == 60
+
+
+def test_without_usage_and_tokenizer_the_length_is_not_claimed() -> None:
+    async def ask(text: str, n: int) -> None:
+        return None
+
+    built = asyncio.run(tokens.build(tokens.Counter("usage", by_words), ask, 5, 350, 1, False, lambda n: None))
+    assert (built.source, built.proven) == ("none", False)
+
+
+def made(**values: object) -> scenario.Workload:
+    return scenario.Workload.model_validate(values)
+
+
+def plan(work: scenario.Workload, trial: int = 0) -> list[run.Request]:
+    pool = tokens.Prompts([f"p{i}" for i in range(tokens.POOL)], "tokenizer", "", 0, True)
+    return list(run.trial_requests(work, run.points_of(work)[0], trial, 0, pool, itertools.count()))
+
+
+def test_a_wave_plan_is_whole_waves_with_the_warm_up_first() -> None:
+    requests = plan(made(batch_sizes=[4], waves=3, warmup=1))
+    assert [r.wave for r in requests] == [w for w in range(4) for _ in range(4)]
+    assert [r.warmup for r in requests] == [True] * 4 + [False] * 12
+    assert all(r.scheduled_s is None for r in requests)
+
+
+def test_an_open_plan_follows_the_seed() -> None:
+    work = made(mode="open", rates=[50], requests=200, warmup=0)
+    first, again = [r.scheduled_s for r in plan(work)], [r.scheduled_s for r in plan(work)]
+    assert first == again
+    assert first != [r.scheduled_s for r in plan(work, trial=1)]
+    assert first != [r.scheduled_s for r in plan(made(mode="open", rates=[50], requests=200, warmup=0, seed=2))]
+
+
+def test_points_are_shuffled_only_over_several_trials() -> None:
+    one = run.schedule(made(batch_sizes=[1, 2, 4, 8, 16]))
+    assert [point.batch_size for _, point in one] == [1, 2, 4, 8, 16]
+    many = run.schedule(made(batch_sizes=[1, 2, 4, 8, 16], trials=4))
+    orders = {tuple(p.batch_size for t, p in many if t == trial) for trial in range(4)}
+    assert len(orders) > 1 and all(sorted(o) == [1, 2, 4, 8, 16] for o in orders)  # type: ignore[type-var]

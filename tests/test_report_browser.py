@@ -1,0 +1,183 @@
+"""The report in a real browser: it draws, stays silent, fits a phone and paper, and executes no text of a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.report.charts import CHARTS
+from harness.report.page import RunView, render
+from tests import report_samples as samples
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+FLAGS = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--no-first-run", "--no-sandbox"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        running.close()
+
+
+@dataclass
+class Opened:
+    page: Any
+    said: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+
+    def drawn(self) -> int:
+        self.page.wait_for_selector(".chart:not([data-drawn])", state="detached", timeout=20_000)
+        return int(self.page.locator(".chart .main-svg:first-child").count())
+
+
+@pytest.fixture
+def show(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """show(runs, width, **context options) -> the page, opened from disk with the network off."""
+    contexts = []
+
+    def opener(runs: list[RunView], width: int = 1280, height: int = 800, **options: Any) -> Opened:
+        file = tmp_path / "report.html"
+        file.write_text(render(runs), "utf-8", newline="\n")
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        context.set_offline(True)
+        opened = Opened(context.new_page())
+        opened.page.on("console", lambda message: opened.said.append(f"{message.type}: {message.text}"))
+        opened.page.on("pageerror", lambda error: opened.said.append(str(error)))
+        opened.page.on("dialog", lambda dialog: (opened.said.append("dialog"), dialog.dismiss()))
+        opened.page.on("request", lambda request: opened.asked.append(request.url))
+        opened.page.goto(file.as_uri())
+        opened.asked = [url for url in opened.asked if url != file.as_uri() and not url.startswith(("data:", "blob:"))]
+        return opened
+
+    yield opener
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_charts_are_drawn_in_silence(show: Any, scheme: str) -> None:
+    opened = show([samples.sample()], color_scheme=scheme)
+    assert opened.drawn() == len(CHARTS)
+    assert (opened.said, opened.asked) == ([], [])
+    text = "rgb(27, 31, 36)" if scheme == "light" else "rgb(231, 233, 236)"
+    assert opened.page.evaluate("getComputedStyle(document.body).color") == text
+    assert opened.page.evaluate("getComputedStyle(document.querySelector('.legendtext')).fill") == text
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [[samples.sample()], [samples.sample(), samples.batches(12)], [samples.open_loop()], [samples.empty()], [samples.hostile()]],
+    ids=["sample", "two runs", "open loop", "empty", "hostile"],
+)  # fmt: skip
+def test_a_phone_scrolls_no_page_sideways(show: Any, runs: list[RunView]) -> None:
+    opened = show(runs, width=360, height=740)
+    opened.drawn()
+    for fold in opened.page.locator("details").all():
+        fold.evaluate("fold => { fold.open = true; }")
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert opened.said == []
+
+
+@pytest.mark.parametrize("bypass", [False, True], ids=["with the policy", "by escaping alone"])
+@pytest.mark.parametrize("text", [samples.HOSTILE, samples.HOSTILE_LINK], ids=["markup", "link"])
+def test_hostile_text_executes_nothing(show: Any, text: str, bypass: bool) -> None:
+    opened = show([samples.hostile(text), samples.hostile(text)], bypass_csp=bypass)
+    assert opened.drawn() == len(CHARTS)
+    page = opened.page
+    for box in page.locator(".chart .plot-container").all():  # tooltips hold texts of the run too
+        box.scroll_into_view_if_needed()
+        spot = box.bounding_box()
+        for part in (0.15, 0.3, 0.5, 0.75):
+            page.mouse.move(spot["x"] + part * spot["width"], spot["y"] + 0.75 * spot["height"])
+    page.wait_for_timeout(200)
+    assert page.evaluate("typeof window.pwned") == "undefined"
+    assert page.locator("img, iframe, [onerror], a[href*=javascript], svg a").count() == 0
+    assert (opened.said, opened.asked) == ([], [])
+
+
+def test_a_tooltip_tells_the_point(show: Any) -> None:
+    opened = show([samples.sample()])
+    opened.drawn()
+    bar = opened.page.locator("#chart-ttft_s .barlayer .trace:nth-child(2) .point path").last
+    bar.scroll_into_view_if_needed()
+    bar.hover()
+    opened.page.wait_for_selector("#chart-ttft_s .hoverlayer .hovertext")
+    told = opened.page.locator("#chart-ttft_s .hoverlayer").inner_text()
+    for part in (
+        "batch 8",
+        "measured 4.522 s",
+        "measured / predicted 1.26×",
+        "94 samples",
+        "▲ suspect",
+        "2 of 96 failed",
+    ):
+        assert part in told
+
+
+def test_the_toggle_changes_page_and_charts(show: Any) -> None:
+    opened = show([samples.sample()], color_scheme="light")
+    opened.drawn()
+    ink = "getComputedStyle(document.querySelector('.legendtext')).fill"
+    before = opened.page.evaluate(ink)
+    opened.page.get_by_role("button", name="Switch between light and dark").click()
+    assert opened.page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert opened.page.evaluate(ink) != before
+    opened.page.get_by_role("button", name="Switch between light and dark").click()
+    assert opened.page.evaluate(ink) == before
+    assert opened.said == []
+
+
+def test_without_javascript_the_verdict_and_the_tables_are_there(show: Any) -> None:
+    opened = show([samples.sample()], java_script_enabled=False)
+    page = opened.page
+    assert page.get_by_text("The charts need JavaScript").is_visible()
+    assert page.locator(".sentence").is_visible()
+    assert page.locator("#table-ttft_s").is_visible()
+    assert page.locator("#table-figures").is_visible()
+    assert not page.locator("#chart-ttft_s").is_visible()
+    assert not page.locator("#theme").is_visible()
+
+
+def test_a_browser_that_cannot_unpack_the_charts_says_so(show: Any) -> None:
+    opened = show([samples.empty()])
+    opened.page.add_init_script("delete window.DecompressionStream")
+    opened.page.goto(Path(opened.page.url.removeprefix("file://")).with_name("report.html").as_uri())
+    file = Path(opened.page.url.removeprefix("file://"))
+    file.write_text(render([samples.sample()]), "utf-8")
+    opened.page.reload()
+    assert opened.page.get_by_text("could not unpack the charts").is_visible()
+    assert opened.page.locator("#table-ttft_s").is_visible()
+
+
+def test_paper_gets_every_section_chart_and_table_in_light(show: Any, tmp_path: Path) -> None:
+    opened = show([samples.sample()], color_scheme="dark")
+    page = opened.page
+    page.wait_for_selector("#chart-ttft_s[data-drawn]")
+    page.emulate_media(media="print", color_scheme="dark")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open])").count() == 0
+    assert page.locator(".chart[data-drawn]").count() == len(CHARTS)
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.querySelector('.legendtext')).fill") == "rgb(27, 31, 36)"
+    assert page.locator(".chart .main-svg").first.get_attribute("width") == "660"
+    assert page.locator("#theme").is_hidden()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details:not([open])").count() > 0
+    assert len(page.pdf(format="A4")) > 50_000
+    assert opened.said == []

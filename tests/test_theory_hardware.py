@@ -1,0 +1,144 @@
+"""The hardware table: each row with its source, exact names only."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.records import RidgelineError
+from harness.theory import hardware
+
+ROWS = hardware.catalogue()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_has_a_source_and_positive_numbers(row):
+    assert row.source
+    assert not row.measured
+    numbers = [row.mem_bytes, row.bytes_per_s, *row.flops.values()]
+    assert all(math.isfinite(n) and n > 0 for n in numbers)
+    optional = (row.link_bytes_per_s, row.pcie_bytes_per_s, row.tdp_w, row.usd_per_h)
+    assert all(math.isnan(n) or n > 0 for n in optional)
+    assert math.isnan(row.usd_per_h) or row.price_source
+    assert 1e9 <= row.mem_bytes <= 1e12
+    assert 1e11 <= row.bytes_per_s <= 1e13, "GB/s, not another unit"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_no_peak_includes_sparsity(row):
+    """Dense rates halve with each doubling of the width, and never quarter."""
+    halves = [("fp16", "fp8"), ("bf16", "fp8"), ("fp16", "int8"), ("tf32", "fp16")]
+    for wide, narrow in halves:
+        if wide in row.flops and narrow in row.flops and row.flops[narrow] > row.flops[wide]:
+            assert row.flops[narrow] / row.flops[wide] <= 4.1
+
+
+def test_the_rows_that_the_articles_need_are_there():
+    needed = (
+        "T4 L4 A10 A100-SXM-40GB A100-PCIe-40GB A100-SXM-80GB A100-PCIe-80GB H100-PCIe-80GB H100-NVL-94GB "
+        "H100-SXM-80GB H200-SXM L40S RTX-4090"
+    )
+    assert set(needed.split()) <= {row.name for row in ROWS}
+    assert hardware.find("H100-SXM-80GB").flops["bf16"] == 989.4e12
+    assert hardware.find("T4").bytes_per_s == 320e9
+
+
+@pytest.mark.parametrize("name", ["T4", "A10", "RTX-3090", "B300-SXM"])
+def test_disputed_and_unverified_values_say_so(name):
+    assert any("disputed" in c or "unverified" in c for c in hardware.find(name).caveats)
+
+
+@pytest.mark.parametrize(
+    ("asked", "row"),
+    [
+        ("l4", "L4"),
+        ("L40", "L40"),
+        ("nvidia l40s", "L40S"),
+        ("H100-SXM", "H100-SXM-80GB"),
+        ("h100_sxm", "H100-SXM-80GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100-SXM-80GB"),
+        ("NVIDIA A100 80GB PCIe", "A100-PCIe-80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100-SXM-80GB"),
+        ("NVIDIA H200", "H200-SXM"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("AMD Instinct MI300X", "MI300X"),
+    ],
+)
+def test_a_name_or_an_alias_finds_its_row(asked, row):
+    assert hardware.find(asked).name == row
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_is_found_by_its_own_name(row):
+    assert hardware.find(row.name.upper()) is row
+
+
+@pytest.mark.parametrize(("asked", "variants"), [("A100", 4), ("NVIDIA H100", 3), ("A100-80GB", 2)])
+def test_an_ambiguous_name_is_refused_with_its_variants(asked, variants):
+    with pytest.raises(RidgelineError, match="ambiguous") as error:
+        hardware.find(asked)
+    assert str(error.value).split("name one of ")[1].count(",") == variants - 1
+
+
+def test_an_unknown_name_lists_near_ones():
+    with pytest.raises(RidgelineError, match="H100-SXM-80GB"):
+        hardware.find("H100-SMX-80GB")
+    with pytest.raises(RidgelineError, match="ridgeline machine"):
+        hardware.find("abacus")
+
+
+def test_a_bridge_joins_two_and_more_talk_over_pcie():
+    bridged, switched = hardware.find("A100-PCIe-80GB"), hardware.find("A100-SXM-80GB")
+    assert bridged.link_for(2) == 300e9
+    assert bridged.link_for(4) == 32e9
+    assert switched.link_for(8) == 300e9
+    assert math.isnan(hardware.find("Apple-M4-Max-40c").link_for(2))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_row_survives_json(row):
+    again = hardware.from_row(json.loads(json.dumps(row.as_dict(), allow_nan=False)))
+    assert repr(again) == repr(row)
+
+
+MEASURED = {"name": "here", "flops": {"fp32": 1e11}, "mem_bytes": 16e9, "bytes_per_s": 4e10}
+
+
+def test_a_measured_row_needs_four_fields():
+    row = hardware.from_row(MEASURED)
+    assert row.measured
+    assert math.isnan(row.usd_per_h)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"bytes_per_s": 0}, "bytes_per_s"),
+        ({"bytes_per_s": math.nan}, "bytes_per_s"),
+        ({"bytes_per_s": "4e10"}, "bytes_per_s"),
+        ({"mem_bytes": None}, "mem_bytes"),
+        ({"flops": {}}, "flops"),
+        ({"flops": {"fp33": 1.0}}, "fp33"),
+        ({"flops": {"fp32": -1.0}}, "flops.fp32"),
+        ({"name": ""}, "name"),
+        ({"link_group": "two"}, "link_group"),
+        ({"bandwith": 1}, "bandwith"),
+    ],
+)
+def test_a_wrong_field_is_named(change, named):
+    with pytest.raises(RidgelineError, match=named):
+        hardware.from_row(MEASURED | change)
+
+
+@settings(deadline=None)  # a busy machine is no bug
+@given(st.dictionaries(st.sampled_from([*sorted(MEASURED), "measured", "notes"]), st.from_type(object) | st.none()))
+def test_a_row_is_built_or_refused_in_one_sentence(change):
+    try:
+        assert hardware.from_row(MEASURED | change).bytes_per_s > 0
+    except RidgelineError as error:
+        assert "hardware row" in str(error)

@@ -1,0 +1,162 @@
+"""The seeds' arithmetic: every figure of the articles, and what it should have been."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.records import RidgelineError
+from harness.theory import seeds
+from harness.theory.seeds import GPUS, H100_BYTES_PER_S, H100_FLOPS, LLAMA_2_7B_PARAMS
+
+WEIGHTS = 2 * LLAMA_2_7B_PARAMS
+MS = 1e-3
+
+
+def test_the_a10_does_208_operations_per_byte():
+    assert seeds.ops_to_byte(125e12, 600e9) == pytest.approx(208.3, abs=0.05)
+
+
+def test_attention_intensity_is_62_for_prefill_and_the_group_size_for_decoding():
+    assert seeds.attention_intensity(4096, 128) == pytest.approx(62.4, abs=0.05)
+    assert seeds.decode_attention_intensity(32, 32) == 1
+    assert seeds.decode_attention_intensity(32, 8) == 4
+    assert seeds.decode_attention_intensity(64, 8) == 8
+    assert seeds.flash_attention_intensity(4096, 128) == pytest.approx(2060, abs=1)
+    assert seeds.flash_attention_intensity(4096, 128, causal=True) == pytest.approx(1030, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "kv_width", "expected"),
+    [
+        ("Llama-2-7B", 32, 4096, 524_288),
+        ("Llama-2-13B", 40, 5120, 819_200),
+        ("Llama-3-8B", 32, 8 * 128, 131_072),
+        ("Llama-3-70B", 80, 8 * 128, 327_680),
+    ],
+)
+def test_kv_bytes_per_token(model, layers, kv_width, expected):
+    assert seeds.kv_bytes_per_token(layers, kv_width) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpu", "token_ms", "prefill_ms", "with_n_s", "with_n_less_1_s"),
+    [
+        ("T4", 46.7, 75, 7.08, 7.03),
+        ("A10", 23.3, 39, 3.54, 3.52),
+        ("A100-SXM-80GB", 6.87, 16, 1.046, 1.039),
+    ],
+)
+def test_350_in_and_150_out_of_llama_2_7b(gpu, token_ms, prefill_ms, with_n_s, with_n_less_1_s):
+    token = seeds.time_per_token_s(WEIGHTS, GPUS[gpu].bytes_per_s)
+    prefill = seeds.prefill_s(LLAMA_2_7B_PARAMS, 350, GPUS[gpu].flops)
+    assert token == pytest.approx(token_ms * MS, rel=2e-3)
+    assert round(prefill / MS) == prefill_ms
+    assert seeds.generation_s(prefill, token, 150, first_from_prefill=False) == pytest.approx(with_n_s, abs=6e-3)
+    assert seeds.generation_s(prefill, token, 150) == pytest.approx(with_n_less_1_s, abs=6e-3)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "printed_s", "token_ms", "prefill_ms"),
+    [("T4", 6.98, 46, 75), ("A10", 3.49, 23, 39), ("A100-SXM-80GB", 0.92, 6, 16)],
+)
+def test_the_articles_totals_follow_from_its_truncated_milliseconds(gpu, printed_s, token_ms, prefill_ms):
+    assert int(seeds.time_per_token_s(WEIGHTS, GPUS[gpu].bytes_per_s) / MS) == token_ms
+    total = seeds.generation_s(prefill_ms * MS, token_ms * MS, 150, first_from_prefill=False)
+    assert total == pytest.approx(printed_s, abs=6e-3)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "printed_s", "printed_usd", "corrected_usd"),
+    [("T4", 6.98, 0.00122, 0.00124), ("A10", 3.49, 0.00117, 0.00119), ("A100-SXM-80GB", 0.92, 0.00157, 0.00178)],
+)
+def test_cost_of_a_request(gpu, printed_s, printed_usd, corrected_usd):
+    assert seeds.request_usd(printed_s, GPUS[gpu].usd_per_min) == pytest.approx(printed_usd, abs=6e-6)
+    assert seeds.request_usd(_total_s(gpu), GPUS[gpu].usd_per_min) == pytest.approx(corrected_usd, abs=1e-5)
+
+
+def _total_s(gpu):
+    token = seeds.time_per_token_s(WEIGHTS, GPUS[gpu].bytes_per_s)
+    return seeds.generation_s(seeds.prefill_s(LLAMA_2_7B_PARAMS, 350, GPUS[gpu].flops), token, 150, False)
+
+
+def test_the_a10_is_the_cheapest_and_the_a100_costs_less_than_twice_the_t4():
+    usd = {gpu: seeds.request_usd(_total_s(gpu), row.usd_per_min) for gpu, row in GPUS.items()}
+    printed = {"T4": 6.98, "A10": 3.49, "A100-SXM-80GB": 0.92}
+    by_print = {gpu: seeds.request_usd(s, GPUS[gpu].usd_per_min) for gpu, s in printed.items()}
+    assert min(usd, key=usd.get) == min(by_print, key=by_print.get) == "A10"
+    assert usd["A100-SXM-80GB"] / usd["T4"] == pytest.approx(1.44, abs=5e-3)
+    assert by_print["A100-SXM-80GB"] / by_print["T4"] == pytest.approx(1.28, abs=5e-3)
+    # "~10x" is the price of a minute, not of a request.
+    assert GPUS["A100-SXM-80GB"].usd_per_min / GPUS["T4"].usd_per_min == pytest.approx(9.7, abs=0.05)
+
+
+def test_an_a10_has_room_for_four_sequences_of_4096_tokens():
+    spare = seeds.spare_bytes(24e9, WEIGHTS)
+    assert spare == 10e9
+    tokens = seeds.kv_tokens(spare, seeds.kv_bytes_per_token(32, 4096))
+    assert tokens == 19_073
+    assert int(10 / 0.00052) == 19_230, "the article divides by a rounded 0.00052 GB"
+    assert seeds.batch_that_fits(tokens, 4096) == seeds.batch_that_fits(19_230, 4096) == 4
+
+
+def test_no_spare_memory_holds_no_tokens():
+    assert seeds.kv_tokens(-1.0, 1.0) == 0
+
+
+def test_the_critical_batch_of_an_h100_is_295_and_591_only_with_sparsity():
+    assert seeds.critical_batch(H100_FLOPS["SXM, dense"], H100_BYTES_PER_S) == pytest.approx(295, abs=0.5)
+    assert seeds.critical_batch(H100_FLOPS["SXM, sparse (the seed)"], H100_BYTES_PER_S) == pytest.approx(591, abs=0.5)
+    assert H100_FLOPS["NVL, sparse (the seed)"] == 2 * H100_FLOPS["NVL, dense"]
+
+
+def test_the_plane_rises_to_the_critical_batch_and_stays_there():
+    flops, rate, params = 989.4e12, H100_BYTES_PER_S, 7e9
+    critical = seeds.critical_batch(flops, rate)
+    peak = seeds.peak_throughput(params, flops)
+    assert seeds.throughput(params, critical / 2, flops, rate) == pytest.approx(peak / 2)
+    assert seeds.throughput(params, critical, flops, rate) == pytest.approx(peak)
+    assert seeds.throughput(params, 2 * critical, flops, rate) == peak
+
+
+def test_llama_2_13b_at_4k_has_3_gb_of_kv_beside_26_gb_of_weights():
+    kv = 4000 * seeds.kv_bytes_per_token(40, 5120)
+    assert kv == pytest.approx(3.3e9, rel=0.01)
+    assert kv < 2 * 13e9 / 7, 'seed 001 calls them "comparable"'
+
+
+def test_loading_is_bytes_over_disk_bandwidth():
+    assert seeds.load_s(WEIGHTS, 2e9) == 7.0
+
+
+def test_training_takes_three_forward_passes_and_four_copies_of_the_weights():
+    assert seeds.training_flops(7e9, 1000) == 3 * seeds.prefill_s(7e9, 1000, flops=1.0)
+    assert sum(seeds.training_bytes(7e9)) == 4 * WEIGHTS
+
+
+# --- scaling-book, inference chapter ----------------------------------------------------------------------------------
+
+
+def test_scaling_book_30b_int8_on_16_tpu_v5e():
+    rate, flops, kv = 16 * 819e9, 16 * 197e12, 8192 * 100e3
+    assert seeds.decode_step_s(30e9, 4 * kv, rate, 30e9, 4, flops) == pytest.approx(2.5e-3, abs=5e-5)
+    assert seeds.decode_step_s(30e9, 256 * kv, rate, 30e9, 256, flops) == pytest.approx(21e-3, rel=0.01)
+    assert (30e9 + 256 * kv) / rate == pytest.approx(18.3e-3, abs=5e-5), "the lower bound only: no overlap in a step"
+
+
+@pytest.mark.parametrize(
+    ("kv_bytes", "rate", "at_1_ms", "at_240_ms"),
+    [
+        (6.7e9, 820e9, 4.98, 249),
+        (6.7e9 / 5, 820e9, 4.17, 52.99),
+        (8192 * 819_200, 819e9, 4.99, 249.8),
+        (8192 * 819_200 / 5, 819e9, 4.17, 53.1),
+    ],
+)
+def test_scaling_book_llama_2_13b_on_8_tpu_v5e(kv_bytes, rate, at_1_ms, at_240_ms):
+    assert seeds.decode_step_s(26e9, kv_bytes, 8 * rate) == pytest.approx(at_1_ms * MS, rel=2e-3)
+    assert seeds.decode_step_s(26e9, 240 * kv_bytes, 8 * rate) == pytest.approx(at_240_ms * MS, rel=1e-3)
+
+
+def test_a_step_of_no_sequences_is_refused():
+    with pytest.raises(RidgelineError, match="batch"):
+        seeds.decode_step_s(1.0, 0.0, 1.0, batch=0)
