@@ -151,10 +151,10 @@ def test_lateness_does_not_add_up(quick: Simulated) -> None:
 
 
 def test_a_request_without_a_slot_waits_for_the_first_that_frees() -> None:
-    with simulated("--ttft-base", "20ms", "--itl-base", "5ms", "--slots", "2") as server:
+    with simulated("--ttft-base", "200ms", "--itl-base", "5ms", "--slots", "2") as server:
         server.wave(4, tokens=5)
         requests = sorted(server.log()["requests"], key=lambda request: request["received_s"])
-    service_s = 0.020 + 4 * 0.005
+    service_s = 0.200 + 4 * 0.005
     assert all(request["slot_s"] == request["received_s"] for request in requests[:2])
     for early, late in zip(requests[:2], requests[2:], strict=True):
         assert late["slot_s"] - early["slot_s"] == pytest.approx(service_s, abs=1e-4), (
