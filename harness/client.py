@@ -69,21 +69,45 @@ class Client:
         except (aiohttp.ClientError, OSError, TimeoutError) as problem:
             raise _unreachable(url, problem) from None
 
+    async def post(self, path: str, values: dict[str, Any]) -> Any:
+        """JSON of a POST of JSON.  Raises RidgelineError (code 6).  A kept connection may just have been closed by the
+        server, so a lost connection is tried once more."""
+        url = f"{self.target.url}{path}"
+        for last in (False, True):
+            try:
+                async with self.session.post(url, json=values, allow_redirects=False) as response:
+                    text = await response.content.read(MAX_BODY)
+                    if response.status != 200:
+                        raise RidgelineError(f"{url}: status {response.status}", 6)
+                    return orjson.loads(text)
+            except ValueError:
+                raise RidgelineError(f"{url}: the answer is no JSON", 6) from None
+            except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+                if last:
+                    raise _unreachable(url, problem) from None
+        raise AssertionError
+
     async def once(self, prompt: str, output_tokens: int) -> dialects.Answer:
         """One streamed request, read to its end.  Raises RidgelineError (code 6) if the server cannot be reached."""
         path, body = self.body(prompt, output_tokens)
         url = f"{self.target.url}{path}"
+        for last in (False, True):
+            try:
+                return await self._once(url, body, output_tokens)
+            except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+                if last or isinstance(problem, TimeoutError):
+                    raise _unreachable(url, problem) from None
+        raise AssertionError
+
+    async def _once(self, url: str, body: bytes, output_tokens: int) -> dialects.Answer:
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
-        try:
-            async with self.session.post(url, data=body, headers=headers, allow_redirects=False) as response:
-                data = bytearray()
-                async for chunk in response.content.iter_any():
-                    data += chunk
-                    if len(data) > MAX_BODY or data.endswith(b"data: [DONE]\n\n"):
-                        break
-                return dialects.interpret(bytes(data), [0.0], [len(data)], response.status, "complete", output_tokens)
-        except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-            raise _unreachable(url, problem) from None
+        async with self.session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+            data = bytearray()
+            async for chunk in response.content.iter_any():
+                data += chunk
+                if len(data) > MAX_BODY or data.endswith(b"data: [DONE]\n\n"):
+                    break
+            return dialects.interpret(bytes(data), [0.0], [len(data)], response.status, "complete", output_tokens)
 
     async def input_tokens(self, prompt: str, output_tokens: int) -> int | None:
         """What the server's usage says of a prompt.  Raises RidgelineError (code 6) if it refuses the request."""

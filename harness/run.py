@@ -302,7 +302,7 @@ async def _measure(session: Session, target: Target, engine: Any) -> None:
         session.progress.line(f"{ask.model} at {target.url}: preparing {needed or 'as many as needed'} prompts of "
                               f"{workload.input_tokens} tokens")  # fmt: skip
         where = session.info["engine"].get("model_path")
-        counter = await tokens.find(scenario.tokenizer, where, target.url, ask.model, http)
+        counter = await tokens.find(scenario.tokenizer, where, ask)
         prompts = await tokens.build(counter, ask.input_tokens, needed or tokens.POOL, workload.input_tokens, workload.seed,
                                      workload.same_prompt, lambda n: session.progress.tick(f"{n} prompts"))  # fmt: skip
     session.info["prompts"] = {"source": prompts.source, "detail": prompts.detail, "offset": prompts.offset,

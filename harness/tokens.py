@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from harness import prompts
+from harness.client import Client
 from harness.records import RidgelineError
 
 Ask = Callable[[str, int], Awaitable[int | None]]  # (prompt, output tokens) -> usage.prompt_tokens, or None
@@ -55,7 +56,7 @@ def local(path: Path) -> Counter:
     return Counter("tokenizer", count, str(path), lambda text: list(tokenizer.encode(text).ids))
 
 
-async def find(tokenizer: str | None, model_path: str | None, base_url: str, model: str, session: Any) -> Counter:
+async def find(tokenizer: str | None, model_path: str | None, client: Client) -> Counter:
     """The nearest way to count: a named tokenizer, the model's folder, the server's /tokenize; else by usage."""
     if tokenizer:
         if not (path := tokenizer_file(tokenizer)):
@@ -63,8 +64,9 @@ async def find(tokenizer: str | None, model_path: str | None, base_url: str, mod
         return local(path)
     if model_path and (path := tokenizer_file(model_path)):
         return local(path)
-    for body in ({"model": model}, {"content": "", "add_special": True}):
-        counter = _server(base_url, body, session)
+    # vLLM's /tokenize takes a prompt, llama.cpp's a content; both answer with the tokens.
+    for key, fixed in (("prompt", {"model": client.model}), ("content", {"add_special": True})):
+        counter = _server(client, key, fixed)
         try:
             if await counter.count("one two three") > 0:
                 return counter
@@ -73,19 +75,13 @@ async def find(tokenizer: str | None, model_path: str | None, base_url: str, mod
     return Counter("usage", _never, "bisection on the server's usage")
 
 
-def _server(base_url: str, fixed: dict[str, Any], session: Any) -> Counter:
-    """vLLM's /tokenize takes a prompt, llama.cpp's a content; both answer with the tokens."""
-    key = "content" if "content" in fixed else "prompt"
-
+def _server(client: Client, key: str, fixed: dict[str, Any]) -> Counter:
     async def count(text: str) -> int:
-        async with session.post(f"{base_url}/tokenize", json=fixed | {key: text}) as response:
-            if response.status != 200:
-                raise RidgelineError(f"{base_url}/tokenize: status {response.status}", 6)
-            answer = await response.json(content_type=None)
-            tokens = answer.get("count")
-            return int(tokens) if isinstance(tokens, int) else len(answer["tokens"])
+        answer = await client.post("/tokenize", fixed | {key: text})
+        tokens = answer.get("count")
+        return int(tokens) if isinstance(tokens, int) else len(answer["tokens"])
 
-    return Counter("server", count, f"{base_url}/tokenize")
+    return Counter("server", count, f"{client.target.url}/tokenize")
 
 
 async def _never(text: str) -> int:
