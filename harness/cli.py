@@ -147,6 +147,17 @@ def simulate(context: typer.Context) -> None:
 
 
 @app.command()
+def selftest(
+    streams: Annotated[str, typer.Option(help="Numbers of streams to try.")] = "16,64,256,512",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Measure the instrument itself: its error and its ceiling on this machine, against the simulator."""
+    from harness import command
+
+    typer.echo(command.selftest(_list(streams, int, "--streams") or [], as_json))
+
+
+@app.command()
 def hardware(name: Annotated[str | None, typer.Argument(help="One row in full.")] = None) -> None:
     """List the hardware table, or one row with its sources."""
     from harness import command

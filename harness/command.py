@@ -256,6 +256,21 @@ def machine(out: Path | None, fresh: bool, as_json: bool) -> str:
             f"{row.get('notes', '')}").rstrip()  # fmt: skip
 
 
+def selftest(streams: Sequence[int], as_json: bool) -> str:
+    """Measure, keep and print the instrument's own error and ceiling."""
+    from harness import selftest as test
+
+    rungs = test.measure(streams, _event_loop, Progress(as_json))
+    result = test.ceiling(rungs)
+    test.keep(result)
+    if as_json:
+        return json.dumps(store.clean(result), indent=1)
+    if result["streams"] is None:
+        return f"not true at any of {', '.join(map(str, streams))} streams; the limit was the {result['stopped_by']}"
+    return (f"true within {units.seconds(test.TRUE_WITHIN_S)} up to {result['streams']} streams and "
+            f"{units.number(result['tokens_per_s'])} tokens/s (stopped by: {result['stopped_by']})")  # fmt: skip
+
+
 def hardware(name: str | None) -> str:
     if name:
         return json.dumps(store.clean(find(name).as_dict()), indent=1)

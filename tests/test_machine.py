@@ -1,0 +1,103 @@
+"""This machine, described and measured: plausible figures, a row that theory takes, a store with an age."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness import machine
+from harness.theory.hardware import from_row
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_description_is_json_and_keeps_the_name_of_the_machine_to_itself() -> None:
+    told = json.dumps(machine.describe())
+    found = json.loads(told)
+    assert found["cpu"] and 1 <= found["cores"] <= os.cpu_count()
+    assert found["mem_bytes"] > 1e8
+    assert "host" not in found
+    assert machine.describe(with_host_name=True)["host"] == platform.node()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_cores_are_those_that_affinity_leaves() -> None:
+    one = min(os.sched_getaffinity(0))
+    code = f"import os; os.sched_setaffinity(0, [{one}]); from harness import machine; print(machine.usable_cores())"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout == b"1\n"
+
+
+def test_a_rate_is_the_third_best_of_its_turns() -> None:
+    slept = iter([0.05, 0.01, 0.02, 0.03, 0.04] * 100)
+
+    def work() -> float:
+        time.sleep(next(slept))
+        return 1.0
+
+    # After five turns the third best took 30 ms.
+    assert machine.best_rate([work], 0.14) == pytest.approx(1 / 0.03, rel=0.2)
+
+
+def test_measured_rates_are_plausible() -> None:
+    read = machine.read_bytes_per_s(1, 64 * machine.MIB, 0.3)
+    assert 5e8 < read < 1e12
+    # numpy's own copy reads and writes each byte: a read-only stream cannot be much slower than half of it.
+    source = np.ones(8 * machine.MIB)
+    start_s = time.perf_counter()
+    source.copy()
+    copied = source.nbytes / (time.perf_counter() - start_s)
+    assert read > copied / 3
+    assert 1e8 < machine.matrix_flops_per_s((256,), 0.2) < 1e14
+
+
+def test_a_row_is_measured_once_and_then_comes_with_its_age(tmp_path: Path) -> None:
+    code = "import json, sys; from harness import machine; print(json.dumps(machine.row(None, lambda s: print(s, file=sys.stderr))))"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def call() -> tuple[dict[str, object], str]:
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout), done.stderr
+
+    start_s = time.monotonic()
+    first, said = call()
+    assert time.monotonic() - start_s < 60
+    assert "measuring" in said
+    second, said = call()
+    assert "as measured" in said and "ago" in said
+    assert second["bytes_per_s"] == first["bytes_per_s"]
+    hardware = from_row(second)
+    assert hardware.measured and list(hardware.flops) == ["fp32"]
+    assert "predictions fall back" in hardware.notes and "before it was used" in hardware.notes
+
+
+def test_a_store_that_is_broken_or_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
+    code = "from harness import machine as m; m._store({'a': 1}); print(m._stored())"
+    (tmp_path / "ridgeline").write_text("a file where the folder should be", encoding="utf-8")
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{}"
+
+
+def test_small_sets_are_measured_at_their_size_and_large_ones_as_memory() -> None:
+    cache = machine.last_level_cache_bytes() or 32 * machine.MIB
+    assert machine._set_bytes(cache) == cache
+    assert machine._set_bytes(100 * cache) == machine._set_bytes(None) >= min(machine.FAR_BYTES, cache)
+    assert machine._set_name(machine._set_bytes(None)) == "memory"
+    assert machine._set_name(cache).startswith("a set of ")
+
+
+def test_the_disk_is_read_past_the_page_cache(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(os.urandom(16 * machine.MIB))
+    assert machine.disk_bytes_per_s(file, 0.5) > 1e6
+    (tmp_path / "small").write_bytes(b"x")
+    assert np.isnan(machine.disk_bytes_per_s(tmp_path / "small"))
+    assert np.isnan(machine.disk_bytes_per_s(tmp_path / "nothing"))
