@@ -1,5 +1,5 @@
 # The client lives in .venv, each engine in an environment of its own; stamps let a second call reuse the first.
-# PYTHON names the interpreter to build them with; TORCH_INDEX an index with CPU builds of torch (make vllm).
+# PYTHON names the interpreter to build them with; PINNED a list of exact versions with hashes (CI); TORCH_INDEX an index with CPU builds of torch (make vllm).
 PYTHON ?= python3
 PIP_FLAGS ?= -qq --disable-pip-version-check
 BIN := .venv/bin
@@ -18,11 +18,12 @@ install: .venv/.stamp  ## the command `ridgeline`, in .venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ridgeline needs Python 3.11 or newer; name one with: make PYTHON=python3.11 ...")'
 	@echo 'making .venv (about half a minute)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_FLAGS) -e .
+	$(if $(PINNED),$(BIN)/python -m pip install $(PIP_FLAGS) --require-hashes -r $(PINNED))
+	$(BIN)/python -m pip install $(PIP_FLAGS) $(if $(PINNED),--no-deps --no-build-isolation) -e .
 	@touch $@
 
 .venv/.stamp-dev: .venv/.stamp
-	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
+	$(if $(PINNED),,$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[test,dev]')
 	@touch $@
 
 llama: install
@@ -53,7 +54,7 @@ lint: .venv/.stamp-dev  ## style and types
 	$(BIN)/mypy
 
 bench: install  ## what the client itself costs, against the simulator
-	$(BIN)/python tests/bench.py
+	$(BIN)/ridgeline selftest
 
 clean:  ## remove environments, models and caches; results and reports stay
 	rm -rf .venv .venv-llama .venv-vllm .models build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

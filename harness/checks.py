@@ -15,8 +15,14 @@ from harness import metrics, units
 from harness.records import Finding, Severity, Table, Verdict
 from harness.stats import SAMPLES_NEEDED
 
-LAG_SUSPECT_S, LAG_INVALID_S = 0.005, 0.050
+LAG_SUSPECT_S, LAG_INVALID_S = 0.001, 0.050
+LAG_SHARE = 0.05  # of the mean TTFT: a lag below it bends nothing that is shown
 CPU_SUSPECT, CPU_INVALID = 0.80, 0.95
+# A loop that is alone on its core waits 0.2 to 0.6 times as long as it runs (for its own recorder and the kernel); beside
+# one busy neighbour it waits 1.0 to 5 times as long, measured at 1, 8 and 64 streams.
+WAIT_PER_RUN, WAIT_LEAST = 0.8, 0.01
+DISAGREE, DISAGREE_S = 0.20, 0.002
+GC_S, GAP_S, CLOCK_STEP_S = 0.020, 1.0, 0.5
 LATE_S = 0.005
 BURST_SHARE, BURST_SPAN = 0.9, 0.05  # of the tokens, within this share of the request's whole time
 DRIFT = 0.10
@@ -28,8 +34,8 @@ class Evidence:
 
     row: Mapping[str, Any]
     records: Table
-    asked_input: int
-    asked_output: int
+    asked_input: int | None  # for records of older runs, which do not tell their own
+    asked_output: int | None
     mode: str
     senses: Sequence[Mapping[str, Any]] = ()
     samples: Sequence[Mapping[str, Any]] = ()
@@ -50,10 +56,10 @@ def _graded(value: float, suspect: float, invalid: float) -> Severity | None:
 def client_lag(e: Evidence) -> Finding | None:
     lag_s = e.worst("lag_p99_s")
     ttft_s = e.row["ttft_s"]["mean"]
-    # A lag that is small beside what is measured bends nothing that is shown.
-    small = lag_s < 0.01 * ttft_s and lag_s < e.row["itl_s"]["mean"] if ttft_s == ttft_s else False
+    if ttft_s == ttft_s and lag_s < LAG_SHARE * ttft_s and lag_s < LAG_INVALID_S:
+        return None
     severity = _graded(lag_s, LAG_SUSPECT_S, LAG_INVALID_S)
-    if not severity or (small and severity == "suspect"):
+    if not severity:
         return None
     return Finding("V001", severity, f"the client's own event loop was up to {units.seconds(lag_s)} late (p99)",
                    "a stamp is taken when the loop comes to it, so latencies may be too long by as much",
@@ -61,12 +67,32 @@ def client_lag(e: Evidence) -> Finding | None:
 
 
 def client_cpu(e: Evidence) -> Finding | None:
+    """A core that runs the loop, or keeps it waiting, all the time has nothing left to be on time with."""
     share = e.worst("cpu_share")
-    severity = _graded(share, CPU_SUSPECT, CPU_INVALID)
+    taken = max((s["cpu_share"] + (s.get("wait_share") or 0) for s in e.senses if s.get("cpu_share") is not None),
+                default=share)  # fmt: skip
+    severity = "invalid" if taken > CPU_INVALID else _graded(share, CPU_SUSPECT, CPU_INVALID)
     if not severity:
         return None
-    return Finding("V002", severity, f"the client used {units.percent(share, 3)} of one core",
-                   "at this load the client, not the server, may set the pace", "use fewer streams, or a faster machine")  # fmt: skip
+    waited = f" and waited for it {units.percent(taken - share, 3)} of the time" if taken - share > 0.05 else ""
+    return Finding("V002", severity, f"the client used {units.percent(share, 3)} of one core{waited}",
+                   "at this load the client, not the server, sets the pace" if severity == "invalid" else
+                   "at this load the client, not the server, may set the pace",
+                   "use fewer streams, or a faster machine")  # fmt: skip
+
+
+def stolen_core(e: Evidence) -> Finding | None:
+    """The scheduler's own account of how long the loop was ready to run while something else had its core."""
+    stolen = [s for s in e.senses if s.get("wait_share") is not None and s.get("cpu_share")
+              and s["wait_share"] > max(WAIT_LEAST, WAIT_PER_RUN * s["cpu_share"])]  # fmt: skip
+    if not stolen:
+        return None
+    worst = max(stolen, key=lambda s: float(s["wait_share"]))
+    longest = f", up to {units.seconds(worst['wait_max_s'])} in a row" if worst.get("wait_max_s") else ""
+    return Finding("V016", "suspect", f"something else (its own recorder counts) ran on the client's core: it was ready but not running for "
+                   f"{units.percent(worst['wait_share'], 2)} of the time and ran for {units.percent(worst['cpu_share'], 2)}"
+                   + longest, "each stamp taken after such a wait is late by as much",
+                   "give the client a core that nothing else uses (taskset), or stop what else runs")  # fmt: skip
 
 
 def errors(e: Evidence) -> Finding | None:
@@ -84,13 +110,18 @@ def errors(e: Evidence) -> Finding | None:
                    "mend the cause first: the engine's log and the records' error column say more")  # fmt: skip
 
 
-def _lengths(e: Evidence, column: str, asked: int) -> str:
-    values = getattr(e.records, column)[e.records.ok]
-    known = values[values >= 0]
-    wrong = known[known != asked]
-    if not len(wrong):
+def _lengths(e: Evidence, column: str, otherwise: int | None) -> str:
+    values, asked = (getattr(e.records, name)[e.records.ok] for name in (column, f"asked_{column}"))
+    asked = np.where(asked < 0, -1 if otherwise is None else otherwise, asked)
+    known = (values >= 0) & (asked >= 0)
+    wrong = known & (values != asked)
+    if not wrong.any():
         return ""
-    return f"{len(wrong)} of {len(known)} requests had other than {asked} (from {wrong.min()} to {wrong.max()})"
+    n, some = f"{wrong.sum()} of {known.sum()} requests had", values[wrong]
+    if np.all(asked[known] == asked[known][0]):
+        return f"{n} other than {asked[known][0]} (from {some.min()} to {some.max()})"
+    more = (values - asked)[wrong]
+    return f"{n} other than each was asked for (by {more.min():+d} to {more.max():+d})"
 
 
 def input_length(e: Evidence) -> Finding | None:
@@ -121,8 +152,8 @@ def no_usage(e: Evidence) -> Finding | None:
 
 
 def cache_hits(e: Evidence) -> Finding | None:
-    queries = _rise(e.samples, "cache_queries")
-    share = _rise(e.samples, "cache_hits") / queries if queries > 0 else 0.0
+    share = e.row.get("cache_share") or 0.0
+    share = 0.0 if share != share else share
     if e.row["cached_tokens"] and e.row["input_tokens"]:
         share = max(share, e.row["cached_tokens"] / e.row["input_tokens"])
     if share <= 0.05:
@@ -131,12 +162,7 @@ def cache_hits(e: Evidence) -> Finding | None:
     return Finding("V007", severity, f"the server's prefix cache answered {units.percent(share, 3)} of the prompt tokens",
                    "cached tokens are not computed: TTFT and throughput are those of a shorter prompt",
                    "switch the prefix cache off, or restart the server between runs" if not e.same_prompt else
-                   "this is what --same-prompt is for")  # fmt: skip
-
-
-def _rise(samples: Sequence[Mapping[str, Any]], name: str) -> float:
-    values = [s[name] for s in samples if name in s]
-    return values[-1] - values[0] if len(values) > 1 else 0.0
+                   "the workload asks for it: same_prompt, shared_prefix, turns, or its own prompts")  # fmt: skip
 
 
 def burst(e: Evidence) -> Finding | None:
@@ -205,6 +231,10 @@ def beats_physics(e: Evidence) -> Finding | None:
 
 def batch_ran(e: Evidence) -> Finding | None:
     ran, asked = e.row.get("batch_ran"), e.row.get("batch_size")
+    flown = e.worst("max_in_flight")
+    if asked and flown < asked and e.row["requests"] >= asked:
+        return Finding("V013", "suspect", f"the client had at most {flown:g} requests in flight, {asked} were asked",
+                       "the point is one of a smaller batch", "see the connection errors; the server may refuse so many")  # fmt: skip
     if not ran or not asked or asked < 2 or ran["max"] >= 0.8 * asked:
         return None
     return Finding("V013", "suspect", f"the server ran at most {ran['max']:g} requests at once, {asked} were asked",
@@ -234,9 +264,107 @@ def shared_machine(e: Evidence) -> Finding | None:
                    "run the client on another machine, or pin both (taskset) if the figures are to be quoted")  # fmt: skip
 
 
+def server_disagrees(e: Evidence) -> Finding | None:
+    """The server's own histograms against our stamps, both with the warm-up."""
+    said = []
+    for name in ("ttft", "itl"):
+        server_s, client_s = e.row.get(f"server_{name}_s"), e.row.get(f"client_{name}_s")
+        if server_s and client_s and abs(client_s - server_s) > max(DISAGREE * server_s, DISAGREE_S):
+            said.append((name, client_s - server_s, f"{name.upper()} {units.seconds(server_s, 3)} by the server's own "
+                         f"count, {units.seconds(client_s, 3)} here"))  # fmt: skip
+    if not said:
+        return None
+    late = any(name == "ttft" and by_s > 0 for name, by_s, _ in said)
+    quick = any(name == "itl" and by_s < 0 for name, by_s, _ in said)
+    why, do = "one of the two does not describe the service", "see what lies between the client and the server"
+    if late and quick:
+        why = "tokens were made one by one and arrived in bursts: something holds the stream back"
+        do = "look for a proxy that buffers (X-Accel-Buffering: no), or ask the server directly"
+    elif late:
+        why = "requests waited before the server began to count: in its accept queue, a proxy or the network"
+        do = "ask the server directly, give it more HTTP workers, or measure from its own machine"
+    return Finding("V017", "suspect", "; ".join(text for _, _, text in said), why, do)
+
+
+def preemptions(e: Evidence) -> Finding | None:
+    if not (n := e.row.get("preemptions")):
+        return None
+    return Finding("V018", "suspect", f"the server preempted {n:g} requests",
+                   "its KV memory was full: their work was thrown away and done again, and ITL holds the pause",
+                   "give it more KV memory, or a smaller batch or context")  # fmt: skip
+
+
+def gpu_throttled(e: Evidence) -> Finding | None:
+    """A power cap is how many cards live at full load; heat and brakes are not."""
+    reasons = e.row.get("gpu_throttled") or []
+    slowest, fastest = e.row.get("gpu_sm_hz") or (1.0, 1.0)
+    moved = slowest < 0.9 * fastest
+    if not reasons and not moved:
+        return None
+    parts = ([f"the GPU was slowed down: {', '.join(reasons)}"] if reasons else []) + (
+        [f"its clock went from {fastest / 1e6:.0f} to {slowest / 1e6:.0f} MHz under load"] if moved else [])  # fmt: skip
+    return Finding("V019", "info" if reasons in ([], ["power cap"]) else "suspect", "; ".join(parts),
+                   "the same work takes longer than on a card that keeps its clock",
+                   "see cooling and power limit (nvidia-smi -q -d PERFORMANCE), or lock the clocks")  # fmt: skip
+
+
+def cgroup_throttled(e: Evidence) -> Finding | None:
+    lasted_s = sum(s["ended_s"] - s["started_s"] for s in e.senses if s.get("ended_s"))
+    taken_s = e.row.get("throttled_s") or 0.0
+    if not taken_s > 0.001 * lasted_s:
+        return None
+    return Finding("V020", "suspect", f"the container's CPU quota stopped it for {units.seconds(taken_s)}",
+                   "nothing in the container runs then, the client included", "raise its CPU limit, or use none")  # fmt: skip
+
+
+def clocks(e: Evidence) -> Finding | None:
+    """No figure hangs on the wall clock; a machine that slept or stood still bends them all."""
+    slept_s, gap_s = e.worst("suspended_s"), e.worst("lag_max_s")
+    step_s = max((s.get("wall_step_s") or 0.0 for s in e.senses), key=abs, default=0.0)
+    if slept_s > CLOCK_STEP_S:
+        return Finding("V021", "invalid", f"the machine was suspended for {units.seconds(slept_s)}",
+                       "the monotonic clock stands still meanwhile, the server's may not", "measure again")  # fmt: skip
+    if gap_s > GAP_S:
+        return Finding("V021", "invalid", f"the client stood still for {units.seconds(gap_s)}",
+                       "it was stopped, or its machine was: nothing was stamped meanwhile", "measure again")  # fmt: skip
+    if abs(step_s) > CLOCK_STEP_S:
+        return Finding("V021", "info", f"the wall clock was set {'back' if step_s < 0 else 'forward'} by "
+                       f"{units.seconds(abs(step_s))}", "no figure is affected: all times are monotonic",
+                       "mind it when comparing with the server's log")  # fmt: skip
+    return None
+
+
+def collector(e: Evidence) -> Finding | None:
+    pause_s = e.worst("gc_max_s")
+    if not pause_s > GC_S:
+        return None
+    return Finding("V022", "suspect", f"the client's garbage collector paused it for {units.seconds(pause_s)}",
+                   "stamps of that moment are late by as much", "report it: the collector should be off in a measurement")  # fmt: skip
+
+
+def absent_senses(senses: Mapping[str, str | None]) -> list[Finding]:
+    """What could not be sensed beside the run, and what that costs the reader."""
+    lacking = []
+    if not senses["metrics"]:
+        lacking.append(
+            ("the server's metrics", "the batch it ran, its queue, KV use, preemptions, cache hits and its own TTFT")
+        )
+    if str(senses["gpu"] or "absent").startswith("absent"):
+        lacking.append(
+            (f"GPUs ({str(senses['gpu']).removeprefix('absent: ')})", "energy per token, clocks and throttling")
+        )
+    if not lacking:
+        return []
+    return [Finding("R006", "info", "not sensed: " + "; ".join(what for what, _ in lacking),
+                    "unknown are " + "; ".join(cost for _, cost in lacking),
+                    "let the server publish /metrics (SGLang --enable-metrics, llama.cpp --metrics, TensorRT-LLM "
+                    "return_perf_metrics); for GPUs run the client beside the server with ridgeline[gpu]")]  # fmt: skip
+
+
 CHECKS: tuple[Callable[[Evidence], Finding | None], ...] = (
-    errors, client_lag, client_cpu, shared_machine, late_sending, input_length, output_length, no_usage, cache_hits,
-    burst, batch_ran, beats_physics, drift, several_per_event, samples,
+    errors, clocks, client_lag, client_cpu, stolen_core, collector, cgroup_throttled, shared_machine, late_sending,
+    input_length, output_length, no_usage, cache_hits,
+    burst, server_disagrees, batch_ran, preemptions, gpu_throttled, beats_physics, drift, several_per_event, samples,
 )  # fmt: skip
 
 
@@ -251,4 +379,4 @@ _RANK: dict[str, int] = {"info": 0, "suspect": 1, "invalid": 2}
 
 def verdict(findings: Sequence[Finding]) -> Verdict:
     worst = max((_RANK[finding.severity] for finding in findings), default=0)
-    return ("valid", "suspect", "invalid")[worst]  # type: ignore[return-value]
+    return ("valid", "suspect", "invalid")[worst]

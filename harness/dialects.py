@@ -109,7 +109,8 @@ def _event(lines: Sequence[bytes], end: int) -> Event | None:
 
 @dataclass(slots=True)
 class Answer:
-    """What one response said.  `arrivals_s` are the stamps of events with generated text (as given: seconds)."""
+    """What one response said.  `arrivals_s` are the stamps of events with generated text (as given: seconds);
+    `first_event_s` and `last_event_s` those of the first and the last event with a choice, whatever it held."""
 
     arrivals_s: list[float] = field(default_factory=list)
     arrival_tokens: list[int] = field(default_factory=list)
@@ -122,6 +123,8 @@ class Answer:
     error_class: str = ""
     error: str = ""
     events: int = 0
+    first_event_s: float = float("nan")
+    last_event_s: float = float("nan")
 
 
 def text_of(choice: Mapping[str, Any]) -> str:
@@ -187,8 +190,11 @@ def _read_stream(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: S
             continue
         if choice.get("finish_reason"):
             answer.finish_reason = str(choice["finish_reason"])
+        answer.last_event_s = stamps_s[min(bisect_left(ends, event.end), len(stamps_s) - 1)]
+        if answer.first_event_s != answer.first_event_s:
+            answer.first_event_s = answer.last_event_s
         if text_of(choice):
-            answer.arrivals_s.append(stamps_s[min(bisect_left(ends, event.end), len(stamps_s) - 1)])
+            answer.arrivals_s.append(answer.last_event_s)
             ids = choice.get("token_ids")
             tokens = len(ids) if isinstance(ids, list) and ids else said - before if said > before > 0 else 1
             answer.arrival_tokens.append(tokens)

@@ -25,6 +25,7 @@ from typing import Any
 import aiohttp
 
 from harness import machine
+from harness.plan import context_tokens
 from harness.records import NAN, RidgelineError
 from harness.scenario import Scenario
 
@@ -136,7 +137,7 @@ def from_scenario(scenario: Scenario) -> EngineSpec:
     """The spec of a scenario's engine; what it leaves open follows from the workload."""
     engine, workload = scenario.engine, scenario.workload
     # A quarter more than the workload, so that probes, templates and a tokenizer's surprises fit too.
-    needed = math.ceil(1.25 * (workload.input_tokens + workload.output_tokens) + 128)
+    needed = math.ceil(1.25 * context_tokens(workload) + 128)
     slots = engine.slots
     if "slots" not in engine.model_fields_set and workload.mode != "open":
         slots = max(workload.batch_sizes)

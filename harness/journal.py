@@ -22,6 +22,7 @@ MAGIC = b"ridgeline journal 1\n"
 _FRAME = struct.Struct("<II")
 _LENGTH = struct.Struct("<I")
 _SCALARS = tuple(name for name in Record.__slots__ if name not in ("chunk_s", "chunk_tokens"))
+_TIMES = tuple(name for name in _SCALARS if name.endswith("_s"))
 
 
 def frame(payload: bytes) -> bytes:
@@ -44,8 +45,8 @@ def decode_record(payload: bytes) -> Record:
     n, at = header.pop("n"), 5 + length
     chunk_s = np.frombuffer(payload, "<f4", n, at)
     chunk_tokens = np.frombuffer(payload, "<i4", n, at + 4 * n)
-    for name in ("scheduled_s", "sent_s", "connect_s", "end_s"):  # JSON has no NaN: missing times travel as null
-        header[name] = float("nan") if header[name] is None else header[name]
+    for name in _TIMES:  # JSON has no NaN: missing times travel as null, and older files lack some
+        header[name] = float("nan") if header.get(name) is None else header[name]
     return Record(**header, chunk_s=chunk_s, chunk_tokens=chunk_tokens)
 
 
@@ -66,7 +67,7 @@ def read(data: bytes, reading: Reading) -> Iterator[Record]:
     """
     if not data.startswith(MAGIC):
         if MAGIC.startswith(data):
-            reading.torn_bytes = len(data)
+            reading.torn_bytes += len(data)
             return
         if data.startswith(b"ridgeline journal "):
             said = data[:40].split(b"\n")[0].decode("ascii", "replace")
@@ -88,4 +89,4 @@ def read(data: bytes, reading: Reading) -> Iterator[Record]:
             yield decode_record(payload)
         else:
             reading.events.append(orjson.loads(payload[1:]))
-    reading.torn_bytes = len(data) - at
+    reading.torn_bytes += len(data) - at

@@ -7,13 +7,14 @@ wave a slot opens only when all of the wave before have ended.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import resource
 import ssl
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness.records import NAN, Request, RidgelineError
@@ -78,6 +79,8 @@ class Player:
         self.opening = 0
         self.senses = Senses()
         self.queue: deque[tuple[Request, bytes]] = deque()
+        self.held: dict[int, tuple[Request, bytes]] = {}  # by the id of the turn that must have ended
+        self.live: set[int] = set()  # serialised, and not yet ended
         self.slots = 0
         self.barrier = False
         self.wave = -1
@@ -133,12 +136,14 @@ class Player:
     # -- playing
 
     async def play(self, requests: Iterator[Request], slots: int, *, barrier: bool = False, ahead: int = 0,
-                   until_s: float = float("inf")) -> Senses:  # fmt: skip
+                   until_s: float = float("inf"),
+                   start: Callable[[], Awaitable[float]] | None = None) -> Senses:  # fmt: skip
         """Play `requests` to the end, or start none after `until_s` seconds.
 
         `slots` caps what is in flight (0: no cap).  With `barrier`, requests of one `wave` number go together, and the
         next wave when all have ended.  Bodies are serialised before the clock starts: all of a wave, or `ahead` of a
-        long plan.  Returns what the generator noticed of itself.
+        long plan.  `start` is awaited when all is ready and gives the moment (of `clock`) to begin at.  Returns what the
+        generator noticed of itself.
         """
         self.senses = Senses()
         self.slots, self.barrier, self.wave, self.stopping = slots, barrier, -1, False
@@ -150,6 +155,8 @@ class Player:
         gc.freeze()
         gc.disable()
         try:
+            if start is not None:
+                await asyncio.sleep(max(0.0, await start() - clock()))
             self.start_s = self.senses.started_s = clock()
             self.until_s = self.start_s + until_s
             cpu_s, watch = _cpu_s(), Watch()
@@ -166,19 +173,29 @@ class Player:
         return self.senses
 
     def _serialise(self, requests: Iterator[Request], count: int) -> bool:
-        for _ in range(count):
+        while count > 0 or not self.queue:
             request = next(requests, None)
             if request is None:
-                return False
-            self.queue.append((request, self.encode(request)))
-        return True
+                break
+            if request.after in self.live:
+                self.held[request.after] = (request, self.encode(request))
+            else:
+                self.queue.append((request, self.encode(request)))
+            self.live.add(request.id)
+            count -= 1
+        return bool(self.queue)
 
     def stop(self) -> None:
         """Start no further request; play() returns when those in flight have ended."""
-        self.stopping = True
-        self.queue.clear()
+        self._drop()
         self.refill = lambda: False
         self.pump()
+
+    def _drop(self) -> None:
+        self.stopping = True
+        self.queue.clear()
+        self.held.clear()
+        self.live.clear()
 
     def pump(self) -> None:
         """Send all that is due and may go.  Called at the start, at each ending, and when the next one falls due."""
@@ -187,8 +204,7 @@ class Player:
             now = clock()
             in_flight = len(self.busy) + self.opening
             if now >= self.until_s and not (self.barrier and request.wave == self.wave):
-                self.stopping = True
-                self.queue.clear()
+                self._drop()
                 break
             if not self.room():  # the recorder is behind: wait for it rather than fill the memory
                 asyncio.get_running_loop().call_later(0.05, self.pump)
@@ -206,7 +222,7 @@ class Player:
                 asyncio.get_running_loop().call_later(max(0.0, wait_s - 0.0005), self.pump)
                 return
             self._send(*self.queue.popleft())
-        if not self.busy and not self.opening and not self.queue and self.done and not self.done.done():
+        if not (self.busy or self.opening or self.queue or self.held) and self.done and not self.done.done():
             self.done.set_result(None)
 
     def _start(self, work: Any) -> bool:
@@ -218,10 +234,8 @@ class Player:
 
     async def _reopen(self, wanted: int) -> None:
         """Connections for the next wave, opened between waves so that no latency holds them."""
-        try:
+        with contextlib.suppress(RidgelineError):  # each request of the wave will say so in its own record
             await self.prepare(wanted)
-        except RidgelineError:
-            pass  # each request of the wave will say so in its own record
         self.opening -= 1
         self.wave = self.queue[0][0].wave if self.queue else self.wave
         self.pump()
@@ -247,7 +261,8 @@ class Player:
             self.opening -= 1
             self.senses.connect_errors += 1
             exchange.end_s = clock()
-            exchange.ending = "connect_timeout" if isinstance(problem, TimeoutError) else "connect"
+            exchange.ending = ("connect_timeout" if isinstance(problem, TimeoutError)
+                               else "tls" if isinstance(problem, ssl.SSLError) else "connect")  # fmt: skip
             exchange.note = str(problem) or f"no connection within {self.timers.connect_s} s"
             self._deliver(exchange)
             asyncio.get_running_loop().call_later(0.1, self.pump)  # not at once: a dead server is not to be hammered
@@ -268,7 +283,33 @@ class Player:
         self._deliver(exchange)
         self.pump()
 
+    def _follow(self, ended: Exchange) -> None:
+        """The next turn of a session is due when this one has ended and the user has thought, and never before its own
+        time.  In an open loop its lateness counts from there; in a closed one it takes the next free slot."""
+        turn = ended.tag.id
+        request, payload = self.held[turn]
+        due_s = ended.end_s - self.start_s + request.think_s
+        if ended.tag.scheduled_s is not None:
+            due_s = max(due_s, request.scheduled_s or 0.0)
+            self.held[turn] = (replace(request, scheduled_s=due_s), payload)
+        wait_s = self.start_s + due_s - clock()
+        if wait_s > 0:
+            asyncio.get_running_loop().call_later(wait_s, self._release, turn)
+        else:
+            self._release(turn, False)
+
+    def _release(self, turn: int, pump: bool = True) -> None:
+        """Turns that are due go before new sessions, the first to be due first."""
+        if turn in self.held:
+            at = next((i for i, (queued, _) in enumerate(self.queue) if queued.after is None), len(self.queue))
+            self.queue.insert(at, self.held.pop(turn))
+        if pump:
+            self.pump()
+
     def _deliver(self, exchange: Exchange) -> None:
+        self.live.discard(exchange.tag.id)
+        if exchange.tag.id in self.held:
+            self._follow(exchange)
         # Answers of equal length end together, and the next first tokens are due: the recorder can wait a little.
         if not self.ended:
             asyncio.get_running_loop().call_later(HAND_OVER_S, self._hand_over)

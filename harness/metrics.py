@@ -54,7 +54,8 @@ def tpot_s(t: Table) -> Floats:
     steps = (t.output_tokens - 1).astype(float)
     chunks = np.diff(t.start)
     # One arrival tells no pace, however many tokens it held.
-    return np.divide(e2e_s(t) - ttft_s(t), steps, out=np.full(len(t), NAN), where=(steps > 0) & (chunks > 1))
+    pace = np.divide(e2e_s(t) - ttft_s(t), steps, out=np.full(len(t), NAN), where=(steps > 0) & (chunks > 1))
+    return np.asarray(pace)
 
 
 def chunk_gap_s(t: Table) -> Floats:

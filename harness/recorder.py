@@ -13,13 +13,16 @@ import struct
 import sys
 import time
 from array import array
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
 
 from harness import dialects, journal
-from harness.records import NAN, Record
+from harness.records import NAN, Record, Request
+
+if TYPE_CHECKING:  # this process needs no event loop
+    from harness.wire import Exchange
 
 FLUSH_S = 0.1
 SYNC_S = 1.0
@@ -34,6 +37,25 @@ def pack(kind: bytes, header: dict[str, Any], stamps_s: array[float] | None = No
     return _HEAD.pack(5 + len(head) + len(arrays) + len(body), kind, len(head)) + head + arrays + body
 
 
+def pack_exchange(exchange: Exchange, point: int, trial: int, t0_s: float, start_s: float) -> bytes:
+    """The frame of one finished exchange, its times as the clock gave them; `t0_s` is when the run began, `start_s`
+    when the trial did (scheduled times count from there)."""
+    request: Request = exchange.tag
+    due_s = request.scheduled_s
+    header = {
+        "id": request.id, "point": point, "trial": trial, "wave": request.wave, "warmup": request.warmup, "t0_s": t0_s,
+        "scheduled_s": None if due_s is None else start_s + due_s, "sent_s": exchange.sent_s, "end_s": exchange.end_s,
+        "connect_s": exchange.connect_s, "tls_s": exchange.tls_s, "status": exchange.status, "ending": exchange.ending, "note": exchange.note,
+        "output_tokens": request.output_tokens, "input_tokens": request.input_tokens, "n": len(exchange.stamps_s),
+    }  # fmt: skip
+    return pack(b"X", header, exchange.stamps_s, exchange.ends, exchange.body)
+
+
+def _time(header: dict[str, Any], name: str, since_s: float = 0.0) -> float:
+    """A time of the header, NaN if it never came: JSON carries it as null."""
+    return NAN if header[name] is None else header[name] - since_s
+
+
 def to_record(
     header: dict[str, Any], stamps_s: array[float], ends: array[int], body: bytes, secret: str = ""
 ) -> Record:
@@ -41,17 +63,17 @@ def to_record(
                                 header["note"])  # fmt: skip
     if secret:  # servers echo keys in their errors; here is the last place before the disk
         answer.error = answer.error.replace(secret, "[redacted]")
-    sent_s = NAN if header["sent_s"] is None else header["sent_s"]
+    t0_s, sent_s = header["t0_s"], _time(header, "sent_s")
     return Record(
         id=header["id"],
         point=header["point"],
         trial=header["trial"],
         wave=header["wave"],
         warmup=header["warmup"],
-        scheduled_s=NAN if header["scheduled_s"] is None else header["scheduled_s"],
-        sent_s=sent_s,
-        connect_s=NAN if header["connect_s"] is None else header["connect_s"],
-        end_s=NAN if header["end_s"] is None else header["end_s"],
+        scheduled_s=_time(header, "scheduled_s", t0_s),
+        sent_s=sent_s - t0_s,
+        connect_s=_time(header, "connect_s"),
+        end_s=_time(header, "end_s", t0_s),
         chunk_s=(np.array(answer.arrivals_s, np.float64) - sent_s).astype(np.float32),
         chunk_tokens=np.array(answer.arrival_tokens, np.int32),
         input_tokens=answer.input_tokens,
@@ -62,6 +84,11 @@ def to_record(
         finish_reason=answer.finish_reason,
         error_class=answer.error_class,
         error=answer.error,
+        asked_input_tokens=header["input_tokens"],
+        asked_output_tokens=header["output_tokens"],
+        tls_s=_time(header, "tls_s"),
+        first_event_s=answer.first_event_s - sent_s,
+        last_event_s=answer.last_event_s - sent_s,
     )
 
 

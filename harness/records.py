@@ -36,7 +36,11 @@ class RidgelineError(Exception):
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request to send.  `scheduled_s` (since the trial began) is None for "when a slot frees":
-    that is the only difference between open and closed loop."""
+    that is the only difference between open and closed loop.
+
+    `input_tokens` is the length asked of the prompt (None: as long as it is).  With `after`, it goes when the request of
+    that id has ended, `think_s` later; in a session `wave` is the turn.
+    """
 
     id: int
     prompt: str
@@ -44,6 +48,9 @@ class Request:
     scheduled_s: float | None = None
     wave: int = 0
     warmup: bool = False
+    input_tokens: int | None = None
+    after: int | None = None
+    think_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -53,7 +60,9 @@ class Record:
     `scheduled_s`, `sent_s` and `end_s` are seconds since the run began, on the monotonic clock.
     `chunk_s` holds the arrivals of generated text in seconds after `sent_s` (float32: exact to a microsecond within
     16 s), `chunk_tokens` how many tokens each carried as far as the stream tells.  So TTFT is `chunk_s[0]` and E2E is
-    `chunk_s[-1]`.  `connect_s` is the time the connection took to open, spent before `sent_s`.
+    `chunk_s[-1]`.  `connect_s` is the time the connection took to open, `tls_s` that of the TLS handshake after it; both were
+    spent before `sent_s`.  `first_event_s` and `last_event_s` (after `sent_s` too) are the arrivals of the first and the
+    last event that held a choice, with text or without: some tools count these as tokens (see definitions).
     """
 
     id: int
@@ -75,6 +84,11 @@ class Record:
     finish_reason: str = ""
     error_class: str = ""  # empty: success
     error: str = ""
+    asked_input_tokens: int | None = None
+    asked_output_tokens: int | None = None
+    tls_s: float = NAN
+    first_event_s: float = NAN
+    last_event_s: float = NAN
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +135,16 @@ class Table:
     input_tokens: Ints
     output_tokens: Ints
     cached_tokens: Ints
+    asked_input_tokens: Ints
+    asked_output_tokens: Ints
     status: Ints
     token_source: npt.NDArray[Any]
     finish_reason: npt.NDArray[Any]
     error_class: npt.NDArray[Any]
     error: npt.NDArray[Any]
+    tls_s: Floats
+    first_event_s: Floats
+    last_event_s: Floats
     chunk_s: Floats
     chunk_tokens: Ints
     start: Ints
@@ -147,7 +166,7 @@ class Table:
 
 
 SCALAR_COLUMNS = tuple(name for name in Table.__slots__ if name not in ("chunk_s", "chunk_tokens", "start"))
-_COUNTS = ("input_tokens", "output_tokens", "cached_tokens")
+COUNTS = ("input_tokens", "output_tokens", "cached_tokens", "asked_input_tokens", "asked_output_tokens")
 _TEXTS = ("token_source", "finish_reason", "error_class", "error")
 
 
@@ -157,7 +176,7 @@ def table(records: list[Record]) -> Table:
 
     def column(name: str) -> npt.NDArray[Any]:
         values = [getattr(row, name) for row in rows]
-        if name in _COUNTS:
+        if name in COUNTS:
             return np.array([-1 if value is None else value for value in values], np.int64)
         return np.array(values, object if name in _TEXTS else None)
 

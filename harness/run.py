@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
+import dataclasses
 import itertools
-import math
 import os
 import platform
 import signal
@@ -14,7 +13,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,18 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from harness import __version__, client, recorder, store, tokens
-from harness.arrivals import ARRIVALS
+from harness import __version__, client, lengths, machine, metrics, openai_wire, recorder, server, stats, store, tokens
 from harness.client import Client
 from harness.loadgen import Player, Timers
+from harness.plan import Point, asks_of, counts_of, points_of, prompts_needed, trial_requests
 from harness.progress import Progress
+from harness.recording import Recorder
 from harness.records import Request, RidgelineError
 from harness.scenario import Scenario, Workload, dump
 from harness.wire import Exchange, Target, clock, resolve
+from harness.workers import Crew, Job
 
-BACKLOG_BYTES = 64 * 2**20  # more than this between us and the recorder, and sending waits
 GRACE_S = 10.0  # after Ctrl-C, requests in flight may end for so long
-F_SETPIPE_SZ = 1031  # <fcntl.h>, Linux
 
 
 @dataclass(slots=True)
@@ -45,98 +44,40 @@ class Outcome:
     code: int
 
 
-@dataclass(slots=True)
-class Point:
-    """One line of the report: a batch size or a rate."""
-
-    index: int
-    batch_size: int | None
-    rate: float | None
-
-    @property
-    def label(self) -> str:
-        return f"batch size {self.batch_size}" if self.batch_size else f"{self.rate:g} requests/s"
+MIN_TRIALS = 3  # fewer give no interval
 
 
-def points_of(workload: Workload) -> list[Point]:
-    if workload.mode == "open":
-        return [Point(i, None, rate) for i, rate in enumerate(workload.rates)]
-    return [Point(i, size, None) for i, size in enumerate(workload.batch_sizes)]
-
-
-def counts_of(workload: Workload, point: Point) -> tuple[int, int | None]:
-    """(warm-up requests, measured requests) of one trial; None measured: as many as the duration allows."""
-    if workload.mode == "wave":
-        size = point.batch_size or 1
-        warm = math.ceil(workload.warmup / size) * size
-        if workload.requests:
-            return warm, math.ceil(workload.requests / size) * size
-        return warm, workload.waves * size if workload.waves else None if workload.duration_s else 3 * size
-    if workload.requests or workload.duration_s is None:
-        return workload.warmup, workload.requests or (4 * (point.batch_size or 1) if point.batch_size else 100)
-    if point.rate:
-        return workload.warmup, max(1, math.ceil(point.rate * workload.duration_s))
-    return workload.warmup, None
-
-
-def trial_requests(workload: Workload, point: Point, trial: int, first: int, prompts: tokens.Prompts,
-                   numbers: Iterator[int]) -> Iterator[Request]:  # fmt: skip
-    """The requests of one trial in the order of sending.  `numbers` hands out ids that are unique in the run."""
-    warm, measured = counts_of(workload, point)
-    size = point.batch_size or 1
-    due: Any = None
-    if point.rate:
-        rng = np.random.default_rng([workload.seed, point.index, trial])
-        due = ARRIVALS[workload.arrivals](rng, point.rate, warm + (measured or 0), workload.burstiness)
-    for i in itertools.count() if measured is None else range(warm + measured):
-        number = next(numbers)
-        scheduled_s = float(due[i]) if due is not None else None
-        yield Request(number, prompts.at(number), workload.output_tokens, scheduled_s, i // size, i < warm)
-
-
-def schedule(workload: Workload) -> list[tuple[int, Point]]:
-    """(trial, point) in the order of play: shuffled within each trial when there are several, so that a drift of the
-    machine does not pass for an effect of the batch size."""
+def schedule(workload: Workload, settled: Callable[[Point], bool] = lambda point: True) -> Iterator[tuple[int, Point]]:
+    """(trial, point) in the order of play.  Points take turns in shuffled order when there are several trials, so that
+    a drift of the machine does not pass for an effect of the batch size.  Where a precision is asked for, a point that
+    is not `settled` gets another trial."""
     rng = np.random.default_rng([workload.seed, 7])
     points = points_of(workload)
-    order = []
-    for trial in range(workload.trials):
-        these = [points[i] for i in rng.permutation(len(points))] if workload.trials > 1 else points
-        order += [(trial, point) for point in these]
-    return order
+    least = max(workload.trials, MIN_TRIALS) if workload.precision else workload.trials
+    for group in [points] if workload.interleave else [[point] for point in points]:
+        for trial in itertools.count():
+            due = [point for point in group if trial < least or not settled(point)]
+            if not due:
+                break
+            yield from ((trial, due[i]) for i in (rng.permutation(len(due)) if least > 1 else range(len(due))))
 
 
-class Recorder:
-    """The other process, which turns bytes into records on disk."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdin is not None
-        self.process, self.pipe = process, process.stdin
-
-    @classmethod
-    async def start(cls, folder: Path, secret: str) -> Recorder:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "harness.recorder", str(folder / store.JOURNAL), stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"RIDGELINE_KEY": secret},
-            start_new_session=True)  # fmt: skip
-        with contextlib.suppress(OSError, AttributeError):
-            pipe = process.stdin.transport.get_extra_info("pipe")  # type: ignore[union-attr]
-            fcntl.fcntl(pipe.fileno(), F_SETPIPE_SZ, 2**20)
-        return cls(process)
-
-    def room(self) -> bool:
-        return self.pipe.transport.get_write_buffer_size() < BACKLOG_BYTES
-
-    def event(self, **values: Any) -> None:
-        self.pipe.write(recorder.pack(b"E", store.clean(values)))
-
-    async def close(self) -> str:
-        """Wait until all is on disk; what it complained of, or ""."""
-        self.pipe.close()
-        assert self.process.stderr is not None
-        said = await self.process.stderr.read()
-        await self.process.wait()
-        return said.decode("utf-8", "replace").strip() if self.process.returncode else ""
+async def is_settled(session: Session, point: Point, spent_s: float, trial: int) -> bool:
+    """Whether a point's intervals are as narrow as asked, or its time is over; from what the recorder has written."""
+    workload = session.scenario.workload
+    if workload.precision is None or spent_s >= workload.max_time_s:
+        return True
+    for _ in range(100):
+        found = store.load(session.folder)
+        if any(
+            e.get("event") == "trial_end" and (e["point"], e["trial"]) == (point.index, trial) for e in found.events
+        ):
+            break
+        await asyncio.sleep(0.05)
+    row = metrics.point_summary(
+        found.records.where(found.records.point == point.index), workload.mode, point.batch_size or 0
+    )
+    return stats.within(row, workload.precision)
 
 
 @dataclass(slots=True)
@@ -148,8 +89,9 @@ class Session:
     progress: Progress
     info: dict[str, Any]
     t0_s: float
-    player: Player | None = None
+    player: Player | Crew | None = None
     recorder: Recorder | None = None
+    probe: subprocess.Popen[bytes] | None = None
     stopped_by: int = 0
     now: dict[str, Any] = field(default_factory=lambda: {"done": 0, "errors": 0, "total": None, "label": ""})
 
@@ -170,23 +112,10 @@ class Session:
 
     def sink(self, point: Point, trial: int, exchange: Exchange) -> None:
         assert self.recorder is not None
-        request: Request = exchange.tag
         self.now["done"] += 1
         self.now["errors"] += exchange.ending != "complete" or exchange.status != 200
-        header = {
-            "id": request.id, "point": point.index, "trial": trial, "wave": request.wave, "warmup": request.warmup,
-            "scheduled_s": None if request.scheduled_s is None else self._since(self.player.start_s) + request.scheduled_s,  # type: ignore[union-attr]
-            "sent_s": _null(self._since(exchange.sent_s)), "connect_s": _null(exchange.connect_s),
-            "end_s": _null(self._since(exchange.end_s)), "status": exchange.status, "ending": exchange.ending,
-            "note": exchange.note, "output_tokens": request.output_tokens, "n": len(exchange.stamps_s),
-        }  # fmt: skip
-        stamps = exchange.stamps_s
-        for i, stamp_s in enumerate(stamps):
-            stamps[i] = stamp_s - self.t0_s
-        self.recorder.pipe.write(recorder.pack(b"X", header, stamps, exchange.ends, exchange.body))
-
-    def _since(self, at_s: float) -> float:
-        return at_s - self.t0_s
+        assert isinstance(self.player, Player)
+        self.recorder.pipe.write(recorder.pack_exchange(exchange, point.index, trial, self.t0_s, self.player.start_s))
 
     async def show(self) -> None:
         start_s = time.monotonic()
@@ -200,17 +129,13 @@ class Session:
                                f"{time.monotonic() - start_s:.0f} s")  # fmt: skip
 
 
-def _null(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
 def provenance(scenario: Scenario, command: list[str]) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
-    from harness import machine, selftest
+    from harness import selftest
 
     versions = {}
-    for name in ("aiohttp", "httptools", "numpy", "orjson", "plotly", "pyarrow", "tokenizers", "uvloop"):
+    for name in ("aiohttp", "httptools", "numpy", "orjson", "plotly", "openai", "pyarrow", "tokenizers", "uvloop"):
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     return {
@@ -221,7 +146,8 @@ def provenance(scenario: Scenario, command: list[str]) -> dict[str, Any]:
         "command": command,
         "scenario": scenario.model_dump(mode="json", by_alias=True),
         "seed": scenario.workload.seed,
-        "points": [{"batch_size": p.batch_size, "rate": p.rate} for p in points_of(scenario.workload)],
+        "transport": scenario.workload.transport,
+        "points": [point.as_dict() for point in points_of(scenario.workload)],
         "machine": machine.describe(),
         "selftest": selftest.kept(),
         "python": platform.python_version(),
@@ -234,6 +160,8 @@ async def play(scenario: Scenario, command: list[str], out: str | None, results:
     every record is on disk whatever happens."""
     task = asyncio.current_task()
     assert task is not None
+    if scenario.workload.transport == "openai":
+        openai_wire.require()
     folder, lock = store.create(out, scenario.name, results)
     session = Session(scenario, folder, progress, provenance(scenario, command), clock())
     loop = asyncio.get_running_loop()
@@ -299,13 +227,18 @@ async def _measure(session: Session, target: Target, engine: Any) -> None:
     async with client.session(target) as http:
         ask = Client(target, http, workload.api)
         await _preflight(session, ask, engine)
-        needed = _prompts_needed(workload)
-        session.progress.line(f"{ask.model} at {target.url}: preparing {needed or 'as many as needed'} prompts of "
-                              f"{workload.input_tokens} tokens")  # fmt: skip
+        needed = prompts_needed(workload)
+        asks, texts = asks_of(workload)
+        session.progress.line(f"{ask.model} at {target.url}: preparing {needed or 'as many as needed'} prompts"
+                              + ("" if texts or workload.trace else f" of {lengths.say(workload.model_dump()['input_tokens'])} tokens"))  # fmt: skip
         where = session.info["engine"].get("model_path")
         counter = await tokens.find(scenario.tokenizer, where, ask)
-        prompts = await tokens.build(counter, ask.input_tokens, needed or tokens.POOL, workload.input_tokens, workload.seed,
-                                     workload.same_prompt, lambda n: session.progress.tick(f"{n} prompts"))  # fmt: skip
+        if texts:
+            prompts = tokens.Prompts(texts, "given", str(workload.prompts or workload.trace), 0, False, asks=asks)
+        else:
+            prompts = await tokens.build(counter, ask.input_tokens, asks, needed or 1 << 18, workload.seed,
+                                         lambda n: session.progress.tick(f"{n} prompts"), workload.same_prompt,
+                                         workload.shared_prefix)  # fmt: skip
     session.info["prompts"] = {"source": prompts.source, "detail": prompts.detail, "offset": prompts.offset,
                                "proven": prompts.proven}  # fmt: skip
     session.info["t0_monotonic_s"] = session.t0_s
@@ -314,16 +247,15 @@ async def _measure(session: Session, target: Target, engine: Any) -> None:
     tls = ssl.create_default_context() if target.scheme == "https" else None
     limits = scenario.limits
     timers = Timers(limits.connect_s, limits.first_token_s, limits.idle_s, limits.total_s)
-    session.recorder = await Recorder.start(
-        session.folder, dict(target.headers).get("Authorization", "").removeprefix("Bearer ")
-    )
-    probe = _start_probe(session.folder, target)
+    session.recorder = await Recorder.start(session.folder / store.JOURNAL, target.key)
+    session.probe = _start_probe(session.folder, target, scenario.engine.same_machine)
     try:
         await _sweep(session, target, address, tls, timers, ask, prompts)
     finally:
         if session.player:
             session.player.close()
-        _stop_probe(probe)
+        _stop_probe(session.probe)
+        session.info["senses"] = server.senses(store.load_lines(session.folder / store.SERVER))
         if said := await asyncio.shield(session.recorder.close()):
             raise RidgelineError(f"{session.folder / store.JOURNAL}: the records could not be written: "
                                  f"{said.splitlines()[-1]}", 2)  # fmt: skip
@@ -343,18 +275,8 @@ async def _preflight(session: Session, ask: Client, engine: Any) -> None:
     elif path := client.local_model_path(entry, props):
         info["model_path"] = path
     session.info["engine"] = info
-    await ask.negotiate(scenario.workload.output_tokens)
+    await ask.negotiate(min(4, lengths.longest(scenario.workload.model_dump()["output_tokens"]) or 4))
     session.info["request"] = ask.as_dict()
-
-
-def _prompts_needed(workload: Workload) -> int | None:
-    total = 0
-    for point in points_of(workload):
-        warm, measured = counts_of(workload, point)
-        if measured is None:
-            return None
-        total += (warm + measured) * workload.trials
-    return total
 
 
 async def _sweep(session: Session, target: Target, address: tuple[Any, ...], tls: ssl.SSLContext | None, timers: Timers,
@@ -368,18 +290,24 @@ async def _sweep(session: Session, target: Target, address: tuple[Any, ...], tls
         return target.request_bytes(path, body)
 
     assert session.recorder is not None
-    player = Player(target, address, tls, timers, encode, lambda x: session.sink(*here, x), session.recorder.room)
+    player = await _crew(session, target, timers, ask) or _player_of(workload)(
+        target, address, tls, timers, encode, lambda x: session.sink(*here, x), session.recorder.room
+    )
     session.player = player
     watch = asyncio.ensure_future(session.recorder.process.wait())
     watch.add_done_callback(lambda _: player.stop())  # no records, no requests
     shown = asyncio.ensure_future(session.show())
     try:
-        for trial, point in schedule(workload):
+        spent_s: dict[int, float] = {}
+        settled: dict[int, bool] = {}
+        for trial, point in schedule(workload, lambda point: settled.get(point.index, workload.precision is None)):
             if session.stopped_by or watch.done():
                 break
             here = (point, trial)
+            if isinstance(player, Crew):
+                player.point, player.trial = point.index, trial
             warm, measured = counts_of(workload, point)
-            label = point.label + (f", trial {trial + 1} of {workload.trials}" if workload.trials > 1 else "")
+            label = point.label + (f", trial {trial + 1}" if workload.trials > 1 or workload.precision else "")
             session.now.update(done=0, errors=0, total=warm + measured if measured else None, label=label)
             requests = trial_requests(workload, point, trial, 0, prompts, numbers)
             slots = point.batch_size or workload.max_in_flight
@@ -390,11 +318,46 @@ async def _sweep(session: Session, target: Target, address: tuple[Any, ...], tls
                                        until_s=workload.duration_s or float("inf"))  # fmt: skip
             session.recorder.event(event="trial_end", point=point.index, trial=trial,
                                    senses=senses.as_dict() | _machine_shares(before))  # fmt: skip
+            await _sense(session.probe)
+            spent_s[point.index] = spent_s.get(point.index, 0.0) + senses.ended_s - senses.started_s
+            settled[point.index] = (workload.precision is None or trial + 1 >= MIN_TRIALS) and await is_settled(
+                session, point, spent_s[point.index], trial
+            )
             session.progress.line(f"{label}: {session.now['done']} requests in "
                                   f"{senses.ended_s - senses.started_s:.1f} s, {session.now['errors']} failed")  # fmt: skip
     finally:
         shown.cancel()
         watch.cancel()
+        if isinstance(player, Crew) and (said := await asyncio.shield(player.dismiss())):
+            session.progress.line(f"a worker complained: {said.splitlines()[-1]}")
+
+
+def _player_of(workload: Workload) -> type[Player]:
+    return openai_wire.OpenAIPlayer if workload.transport == "openai" else Player
+
+
+async def _crew(session: Session, target: Target, timers: Timers, ask: Client) -> Crew | None:
+    """Workers, where the scenario asks for more than one; None: this process plays by itself."""
+    wanted, workload = session.scenario.client, session.scenario.workload
+    count = machine.usable_cores() if wanted.workers == "auto" else wanted.workers
+    if count == 1 and not wanted.ray:
+        return None
+    if workload.transport == "openai":
+        raise RidgelineError("client.workers: workload.transport openai plays in one process; leave workers and ray out")
+    if any(counts_of(workload, point)[1] is None for point in points_of(workload)):
+        raise RidgelineError("client.workers: a plan without end cannot be dealt out; give workload.requests or waves")
+    where = (target.scheme, target.host, target.port, target.prefix)
+    journal = str((session.folder / store.JOURNAL).absolute())
+    job = Job(where, dataclasses.asdict(timers), ask.api, ask.model, ask.no_stop, ask.usage, journal, session.t0_s)
+
+    def note(ended: int, failed: int) -> None:
+        session.now["done"] += ended
+        session.now["errors"] += failed
+
+    crew = await Crew.hire(count, wanted.ray, job, target.key, note)
+    session.info["client"] = {"workers": count, "ray": wanted.ray, "clock_error_s": max(h.error_s for h in crew.hands)}
+    session.save()
+    return crew
 
 
 def _machine_times() -> Any:
@@ -414,12 +377,20 @@ def _machine_shares(before: Any) -> dict[str, float | None]:
     return {"machine_cpu_share": 1 - idle / total, "steal_share": steal / total}
 
 
-def _start_probe(folder: Path, target: Target) -> subprocess.Popen[bytes]:
-    key = dict(target.headers).get("Authorization", "").removeprefix("Bearer ")
+def _start_probe(folder: Path, target: Target, same_machine: bool | None) -> subprocess.Popen[bytes]:
+    here = same_machine if same_machine is not None else target.host in ("localhost", "::1") or target.host.startswith("127.")
+    key = target.key
     return subprocess.Popen(
-        [sys.executable, "-m", "harness.probe", target.url, str(folder / store.SERVER)], stdin=subprocess.PIPE,
+        [sys.executable, "-m", "harness.probe", target.url, str(folder / store.SERVER), *(["--here"] if here else [])], stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"RIDGELINE_KEY": key},
         start_new_session=True)  # fmt: skip
+
+
+async def _sense(probe: subprocess.Popen[bytes] | None) -> None:
+    """Have the server's senses read now, between trials, so that its counters' rise is that of this trial alone."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.write(probe.stdin.fileno(), b".")  # type: ignore[union-attr]
+    await asyncio.sleep(0.05)
 
 
 def _stop_probe(process: subprocess.Popen[bytes]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from harness import units
 from harness.arrivals import ARRIVALS
@@ -28,7 +28,21 @@ def _seconds(value: Any) -> Any:
 
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_seconds)]
+
+
+def _fraction(value: Any) -> Any:
+    """A share may be written as "2%"."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return units.parse(value, "fraction")
+    except RidgelineError as problem:
+        raise ValueError(str(problem)) from None
+
+
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), BeforeValidator(_fraction)]
 Count = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
+Tokens = Annotated[int, Field(ge=1, le=10_000_000, strict=True)]
 
 
 class Part(BaseModel):
@@ -42,6 +56,8 @@ class Engine(Part):
     """vllm and llama.cpp are started by the run; url is a server that is already there."""
     url: str | None = None
     """Base URL of a server that is already there; OPENAI_BASE_URL where absent."""
+    same_machine: bool | None = None
+    """Whether the server is on this machine, so that its GPUs can be read here; default: by the address."""
     model: str | None = None
     """What to serve: a folder, a GGUF file, or a name that the engine knows."""
     served_name: str | None = None
@@ -66,6 +82,68 @@ class Engine(Part):
     """How long the engine may take until one real completion came back."""
 
 
+class Spread(Part):
+    """A distribution of lengths, in tokens."""
+
+    mean: Annotated[float, Field(ge=1, le=1e7, allow_inf_nan=False)]
+    """Mean of the lengths themselves."""
+    std: Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
+    """Standard deviation of the lengths themselves."""
+    min: Tokens | None = None
+    """Shorter ones become this long."""
+    max: Tokens | None = None
+    """Longer ones become this long."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Spread:
+        if self.min and self.max and self.min > self.max:
+            raise ValueError(f"min: got {self.min}, above max {self.max}")
+        return self
+
+
+class Lengths(Part):
+    """Lengths that differ: one of the keys."""
+
+    uniform: tuple[Tokens, Tokens] | None = None
+    """[min, max], both included."""
+    normal: Spread | None = None
+    lognormal: Spread | None = None
+    file: str | None = None
+    """A .csv or .jsonl file with input_tokens and output_tokens, of which rows are drawn."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Lengths:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"got {', '.join(given) or 'none'}; give one of {', '.join(type(self).model_fields)}")
+        if self.uniform and self.uniform[0] > self.uniform[1]:
+            raise ValueError(f"uniform: got {list(self.uniform)}; the first is the least")
+        return self
+
+
+TAGS = ("(number)", "(distribution)")
+# A number or a distribution: the tags keep the messages to the one that was meant.
+Length = Annotated[
+    Annotated[Tokens, Tag(TAGS[0])] | Annotated[Lengths, Tag(TAGS[1])],
+    Discriminator(lambda value: TAGS[isinstance(value, dict | Lengths)]),
+]
+
+
+class Ramp(Part):
+    """A rate that rises or falls in a straight line, and then stays."""
+
+    start: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+    end: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+    over_s: Seconds
+
+
+class Step(Part):
+    """A rate that holds for a time."""
+
+    rate: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+    for_s: Seconds
+
+
 class Workload(Part):
     """What is asked of the server."""
 
@@ -73,20 +151,42 @@ class Workload(Part):
     """wave: B together, the next B when all have ended; closed: B always in flight; open: by the clock, at a rate."""
     api: Literal["completions", "chat"] = "completions"
     """Which endpoint is asked."""
+    transport: Literal["wire", "openai"] = "wire"
+    """wire: stamps at the socket; openai: the official client, stamps when its iterator yields (pip install
+    ridgeline[openai]), to show what an application sees."""
     batch_sizes: Annotated[list[Annotated[int, Field(ge=1, le=65536, strict=True)]], Field(min_length=1)] = [1, 2, 4, 8]
     """One point each (wave and closed)."""
     rates: list[Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]] = []
     """Requests per second, one point each (open)."""
+    rate_ramp: Ramp | None = None
+    """{start: 1, end: 10, over_s: 60}: one point whose rate changes linearly, and then stays (open)."""
+    rate_steps: list[Step] = []
+    """[{rate: 5, for_s: 30}, {rate: 10, for_s: 30}]: one point whose rate changes in steps (open)."""
+    trace: str | None = None
+    """A .csv or .jsonl file of requests to replay by its own clock (open): timestamp (s) or timestamp_ms, input_tokens or
+    input_length, output_tokens or output_length; prompt, session and turn if it has them.  Its first ones are the warm-up."""
+    trace_speed: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
+    """2: the trace in half its time."""
     arrivals: Literal["constant", "poisson", "gamma"] = "poisson"
     """How the requests of an open loop are spaced."""
     burstiness: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)] = 1.0
     """Shape of gamma arrivals: below 1 is burstier than Poisson."""
     max_in_flight: Annotated[int, Field(ge=0, le=65536)] = 0
     """Cap on what is in flight in an open loop (0: none); waiting for it counts from the scheduled time."""
-    input_tokens: Annotated[int, Field(ge=1, le=10_000_000, strict=True)] = 350
-    """Tokens of each prompt as the server counts them, template and BOS included."""
-    output_tokens: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] = 150
-    """Tokens of each answer."""
+    input_tokens: Length = 350
+    """Tokens of each prompt as the server counts them, template and BOS included: a number, {uniform: [100, 500]},
+    {normal: {mean: 350, std: 50, min: 100, max: 900}}, {lognormal: …} likewise, or {file: FILE} of pairs."""
+    output_tokens: Length = 150
+    """Tokens of each answer: a number or a distribution, as above; drawn from the seed, alike in every trial and point."""
+    shared_prefix: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    """This share of each prompt, at its beginning, is the same in all requests."""
+    prompts: str | None = None
+    """A .jsonl file of prompts (prompt, text, or messages), taken in order, then round again; as long as they are."""
+    turns: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
+    """Requests in a session (closed, open): each holds the whole one before it, a canned answer of the asked length, so that
+    every run sends the same bytes, and input_tokens more.  A rate is then of sessions."""
+    think_time_s: Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_seconds)] = 0.0
+    """From the end of a turn to the next turn of its session; another session may take its slot meanwhile."""
     waves: Count | None = None
     """Waves per trial (wave); default 3."""
     requests: Count | None = None
@@ -95,6 +195,13 @@ class Workload(Part):
     """Bound on a trial's length: no request starts later."""
     trials: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
     """Repeats of each point, in shuffled order."""
+    interleave: bool = True
+    """Trials of all points in turn, in shuffled order; false: all trials of a point one after the other."""
+    precision: Fraction | None = None
+    """Trials go on until the 95 % intervals of TTFT, ITL and output tokens/s are within this share of their means
+    ("2%"), at least three and for at most max_time_s."""
+    max_time_s: Seconds = 600.0
+    """Bound on the time of one point where a precision is asked for."""
     warmup: Annotated[int, Field(ge=0, le=100_000, strict=True)] = 1
     """Requests per trial before the measured ones, in waves of the point's own batch size."""
     same_prompt: bool = False
@@ -104,19 +211,38 @@ class Workload(Part):
 
     @model_validator(mode="after")
     def _agree(self) -> Workload:
-        if self.mode == "open" and not self.rates:
-            raise ValueError("rates: mode open needs at least one rate (requests per second)")
-        if self.mode != "open" and self.rates:
-            raise ValueError(f"rates: belongs to mode open; mode is {self.mode} (batch_sizes says how many at once)")
+        timed = [key for key in ("rates", "rate_ramp", "rate_steps", "trace") if getattr(self, key)]
+        if self.mode == "open" and not timed:
+            raise ValueError("rates: mode open needs at least one rate (requests per second), or rate_ramp, rate_steps or trace")
+        if self.mode != "open" and timed:
+            raise ValueError(f"{timed[0]}: belongs to mode open; mode is {self.mode} (batch_sizes says how many at once)")
+        if self.trace and len(timed) > 1:
+            raise ValueError(f"{timed[0]}: a trace has its own times; leave {timed[0]} or trace out")
+        given = [key for key in ("prompts", "trace") if getattr(self, key)] + ["turns"] * (self.turns > 1)
+        if len(given) > 1:
+            raise ValueError(f"{given[0]}: cannot go with {given[1]}; leave one out")
+        if given and (clash := next((key for key in ("same_prompt", "shared_prefix") if getattr(self, key)), None)):
+            raise ValueError(f"{clash}: cannot go with {given[0]}; leave one out")
+        if self.turns > 1 and self.mode == "wave":
+            raise ValueError("turns: belongs to mode closed or open; in a wave all go at once")
         if self.waves and self.mode != "wave":
             raise ValueError(f"waves: belongs to mode wave; mode is {self.mode} (use requests or duration_s)")
         if self.waves and self.requests:
             raise ValueError("waves and requests: give one of them")
         for key in ("batch_sizes", "rates"):
-            values = getattr(self, key)
+            values: list[float] = getattr(self, key)
             if len(set(values)) < len(values):
                 raise ValueError(f"{key}: holds a value twice")
         return self
+
+
+class ClientPart(Part):
+    """The load generator itself."""
+
+    workers: Annotated[int, Field(ge=1, le=256, strict=True)] | Literal["auto"] = 1
+    """Processes to shard the load over; auto: one for each core."""
+    ray: str | None = None
+    """Address of a Ray cluster to shard the load over; "local" starts one here."""
 
 
 class Theory(Part):
@@ -124,7 +250,7 @@ class Theory(Part):
 
     hardware: str | None = None
     """A row of the hardware table, or `machine` for this one as `ridgeline machine` measured it."""
-    model_config_path: str | None = Field(None, alias="model_config")
+    model_config_path: str | None = Field(default=None, alias="model_config")
     """A config.json, the folder that holds it, or a GGUF file; default: the served model's own."""
     dtype: str | None = None
     """Precision of the weights where the configuration does not tell (fp16, bf16, fp8, int8, int4 …)."""
@@ -166,6 +292,7 @@ class Scenario(Part):
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the key; the key itself never stands in a file."""
     workload: Workload = Workload()
+    client: ClientPart = ClientPart()
     theory: Theory = Theory()
     limits: Limits = Limits()
     report: str | None = None
@@ -239,7 +366,7 @@ def _dotted(path: tuple[Any, ...]) -> str:
 
 
 def _explain(error: Any, where: str, lines: dict[tuple[Any, ...], int]) -> str:
-    path = tuple(error["loc"])
+    path = tuple(step for step in error["loc"] if step not in TAGS)
     known = path
     while known and known not in lines:
         known = known[:-1]
@@ -261,11 +388,18 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _kinds(annotation: Any) -> list[Any]:
+    """The types inside a union, an Annotated or a list; else the type itself."""
+    inner = get_args(annotation)
+    return [kind for part in inner for kind in _kinds(part)] if inner else [annotation]
+
+
 def _unknown_key(path: tuple[Any, ...]) -> str:
     part: Any = Scenario
     for step in path[:-1]:
         field = part.model_fields.get(step) if hasattr(part, "model_fields") else None
         part = field.annotation if field else None
+        part = next((kind for kind in _kinds(part) if hasattr(kind, "model_fields")), None)
     allowed = sorted(f.alias or n for n, f in part.model_fields.items()) if hasattr(part, "model_fields") else []
     near = difflib.get_close_matches(str(path[-1]), allowed, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -289,7 +423,7 @@ def _commented_key(name: str, field: Any) -> str:
     default = field.get_default(call_default_factory=True)
     value = "" if default is None else json.dumps(default)
     key = field.alias or name
-    return f"{'# ' if default is None else ''}{key}: {value}".rstrip() + f"  # {field.description}"
+    return f"{'# ' if default is None else ''}{key}: {value}".rstrip() + f"  # {' '.join(field.description.split())}"
 
 
 def dump(scenario: Scenario) -> str:

@@ -106,7 +106,9 @@ def measure(streams: Sequence[int], play: Callable[[Any], Any], progress: Progre
             for n in streams:
                 progress.tick(f"selftest: {n} streams")
                 _ask(f"{url}/__reset__", b"")
-                work: Awaitable[Any] = run.play(scenario(url, n), ["ridgeline", "selftest"], str(folder / str(n)), folder, Progress(True))
+                work: Awaitable[Any] = run.play(
+                    scenario(url, n), ["ridgeline", "selftest"], str(folder / str(n)), folder, Progress(True)
+                )
                 play(work)
                 found.append(_rung(n, store.load(folder / str(n)), json.loads(_ask(f"{url}/__log__"))))
                 progress.line(line_of(found[-1]))
@@ -197,4 +199,8 @@ def kept() -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     same = isinstance(found, dict) and found.get("ridgeline") == __version__ and found.get("cpu") == machine.cpu_model()
-    return {k: v for k, v in found.items() if k != "rungs"} if same and found.get("cores") == machine.usable_cores() else None
+    return (
+        {k: v for k, v in found.items() if k != "rungs"}
+        if same and found.get("cores") == machine.usable_cores()
+        else None
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,3 +36,12 @@ def interval(per_trial: list[float]) -> tuple[float, float]:
     t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
     half = t * float(np.std(values, ddof=1)) / math.sqrt(n)
     return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
+def within(row: Mapping[str, Any], precision: float, names: Sequence[str] = ("ttft_s", "itl_s")) -> bool:
+    """Whether the 95 % intervals over trials of these metrics and of output tokens/s are within ± `precision` of their
+    means.  `row` is a point's summary; a metric that was not measured does not count."""
+    spans = [(row[name]["mean"], row[name]["low"], row[name]["high"]) for name in names]
+    spans.append((row["output_tokens_per_s"], row["output_tokens_per_s_low"], row["output_tokens_per_s_high"]))
+    known = [(middle, low, high) for middle, low, high in spans if not math.isnan(middle)]
+    return bool(known) and all((high - low) / 2 <= precision * middle for middle, low, high in known)

@@ -22,9 +22,11 @@ from typing import IO, Any
 import numpy as np
 
 from harness import journal
-from harness.records import SCALAR_COLUMNS, Record, RidgelineError, Table, table
+from harness.records import COUNTS, SCALAR_COLUMNS, Record, RidgelineError, Table, table
 
 FORMAT = 1
+# Columns that files of the first weeks lack: they read as missing.
+LATER = ("asked_input_tokens", "asked_output_tokens", "tls_s", "first_event_s", "last_event_s")
 JOURNAL, PARQUET, RUN, SUMMARY, SERVER = "journal.bin", "requests.parquet", "run.json", "summary.json", "server.jsonl"
 
 
@@ -95,7 +97,7 @@ def create(out: str | None, name: str, results: Path) -> tuple[Path, IO[str]]:
             folder = results / f"{safe}-{stamp}-{i}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w", encoding="utf-8")
+        lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115  held as long as the run
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
@@ -131,17 +133,17 @@ def load(folder: Path) -> Run:
             found.records = read_parquet(folder / PARQUET)
         except (OSError, ValueError, KeyError) as problem:
             found.notes.append(f"{PARQUET} cannot be read ({problem}); the journal was used")
-    if (folder / SERVER).exists():
-        found.samples = _load_lines(folder / SERVER)
+    found.samples = load_lines(folder / SERVER)
     return found
 
 
 def _load_journal(run: Run) -> None:
-    path = run.folder / JOURNAL
-    if not path.exists():
-        return
+    """All journals of a run: one, or one for each worker beside it."""
     reading = journal.Reading()
-    run.records = table(list(journal.read(path.read_bytes(), reading)))
+    found: list[Record] = []
+    for path in sorted(run.folder.glob(f"{Path(JOURNAL).stem}*{Path(JOURNAL).suffix}")):
+        found += journal.read(path.read_bytes(), reading)
+    run.records = table(found)
     run.events = reading.events
     if reading.torn_bytes:
         run.notes.append(f"the journal ends inside a record: its last {reading.torn_bytes} bytes were dropped")
@@ -149,9 +151,11 @@ def _load_journal(run: Run) -> None:
         run.notes.append(f"journal records {reading.bad_frames[:10]} fail their checksum and were left out")
 
 
-def _load_lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def load_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, which may have been cut at any byte; none if there is no such file."""
+    found: list[dict[str, Any]] = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -166,7 +170,7 @@ def write_parquet(path: Path, records: Table) -> None:
     columns: dict[str, Any] = {}
     for name in SCALAR_COLUMNS:
         values = getattr(records, name)
-        if name in ("input_tokens", "output_tokens", "cached_tokens"):
+        if name in COUNTS:
             columns[name] = pa.array(values, pa.int64(), mask=values < 0)
         elif values.dtype == object:
             columns[name] = pa.array(values.tolist(), pa.string())
@@ -194,8 +198,11 @@ def read_parquet(path: Path) -> Table:
     found = pq.read_table(path).combine_chunks()
     columns: dict[str, Any] = {}
     for name in SCALAR_COLUMNS:
+        if name in LATER and name not in found.column_names:
+            columns[name] = np.full(len(found), -1 if name in COUNTS else np.nan)
+            continue
         column = found[name]
-        if name in ("input_tokens", "output_tokens", "cached_tokens"):
+        if name in COUNTS:
             columns[name] = column.fill_null(-1).to_numpy()
         elif name in ("token_source", "finish_reason", "error_class", "error"):
             columns[name] = np.array(column.to_pylist(), object)

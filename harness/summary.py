@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from harness import checks, metrics, units
+from harness import checks, metrics, server, units
+from harness.lengths import typical
 from harness.records import NAN, Finding, RidgelineError, Table
 from harness.theory import seeds
 from harness.theory.hardware import Hardware
 from harness.theory.predict import plane, predict
 from harness.theory.shape import Model
 
+LENGTHS = ("input_tokens", "output_tokens")
 COMPARED = ("ttft_s", "itl_s", "e2e_s", "output_tokens_per_s")
 
 
@@ -25,7 +27,11 @@ def build(run: Mapping[str, Any], state: str, records: Table, events: Sequence[M
     scenario = run["scenario"]
     workload = scenario["workload"]
     theory = scenario["theory"]
-    asked_in, asked_out = workload["input_tokens"], workload["output_tokens"]
+    asked_in, asked_out = (workload[key] if isinstance(workload[key], int) else None for key in LENGTHS)
+    if workload.get("prompts") or workload.get("trace") or workload.get("turns", 1) > 1:
+        asked_in = None
+    repeats = workload["same_prompt"] or any(workload.get(key) for key in ("shared_prefix", "prompts", "trace"))
+    repeats = bool(repeats or workload.get("turns", 1) > 1)
     points = []
     for index, plan in enumerate(run["points"]):
         of_point = records.where((records.point == index) & ~records.warmup)
@@ -33,19 +39,19 @@ def build(run: Mapping[str, Any], state: str, records: Table, events: Sequence[M
             continue
         slots = plan["batch_size"] or 0
         row = {"point": index} | plan | metrics.point_summary(of_point, workload["mode"], slots)
-        spans = [e for e in events if e.get("event") == "trial_end" and e["point"] == index]
-        seen = [
-            s for s in samples if any(e["senses"]["started_s"] <= s["at_s"] <= e["senses"]["ended_s"] for e in spans)
-        ]
+        felt = [e["senses"] for e in events if e.get("event") == "trial_end" and e["point"] == index]
+        spans = [(sense["started_s"], sense["ended_s"]) for sense in felt]
+        seen = [s for s in samples if any(start <= s["at_s"] <= end for start, end in spans)]
         row["batch_ran"] = _batch_ran(seen)
+        row |= _beside(records.where(records.point == index), samples, spans)
         row["predicted"] = _predicted(row, workload, theory, model, hardware)
-        evidence = checks.Evidence(row, of_point, asked_in, asked_out, workload["mode"], [e["senses"] for e in spans],
-                                   seen, row["predicted"], workload["same_prompt"], workload["api"])  # fmt: skip
+        evidence = checks.Evidence(row, of_point, asked_in, asked_out, workload["mode"], felt,
+                                   seen, row["predicted"], repeats, workload["api"])  # fmt: skip
         findings = checks.run_checks(evidence)
         row["verdict"] = checks.verdict(findings)
         row["findings"] = [dataclasses.asdict(f) for f in findings]
         points.append(row)
-    findings = _run_findings(run, state, notes, model, hardware)
+    findings = _run_findings(run, state, notes, model, hardware) + checks.absent_senses(server.senses(samples))
     worst = max((row["verdict"] for row in points), key=("valid", "suspect", "invalid").index, default="invalid")
     verdict = max(worst, checks.verdict(findings), key=("valid", "suspect", "invalid").index)
     summary = {
@@ -61,9 +67,20 @@ def build(run: Mapping[str, Any], state: str, records: Table, events: Sequence[M
         "findings": [dataclasses.asdict(f) for f in findings],
         "verdict": verdict,
         "points": points,
-        "plane": _plane(workload, theory, model, hardware),
+        "plane": _plane(workload, points, theory, model, hardware),
     }
     return summary | {"verdict_sentence": sentence(summary)}
+
+
+def _beside(t: Table, samples: Sequence[Mapping[str, Any]], spans: server.Spans) -> dict[str, Any]:
+    """What was sensed beside a point.  The server counts the warm-up too, so here the client's means have it as well."""
+    good = t.where(t.ok)
+    figures = server.point_figures(samples, spans, float(good.output_tokens[good.output_tokens > 0].sum()))
+    for name, values in (("ttft", metrics.ttft_s(good)), ("itl", metrics.itl_s(good))):
+        known = values[~np.isnan(values)]
+        figures[f"client_{name}_s"] = float(known.mean()) if len(known) and figures[f"server_{name}_s"] else None
+    figures["cache_share"] = server.cached_share(samples, spans)
+    return figures
 
 
 def _batch_ran(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -83,10 +100,12 @@ def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], theory: Mapp
     if batch is None:  # open loop: by Little's law, what was in flight on average
         e2e_s = row["e2e_s"]["mean"]
         batch = max(1.0, row["requests_per_s"] * e2e_s) if e2e_s == e2e_s else 1.0
-    lengths = (row["input_tokens"] or workload["input_tokens"], row["output_tokens"] or workload["output_tokens"])
+    inputs, outputs = (row[key] or typical(workload[key]) for key in LENGTHS)
+    if inputs is None or outputs is None:
+        return None
     try:
-        found = predict(model, hardware, batch=max(1, round(batch)), input_tokens=round(lengths[0]),
-                        output_tokens=round(lengths[1]), dtype=theory["dtype"], kv_dtype=theory["kv_dtype"],
+        found = predict(model, hardware, batch=max(1, round(batch)), input_tokens=round(inputs),
+                        output_tokens=round(outputs), dtype=theory["dtype"], kv_dtype=theory["kv_dtype"],
                         tp=theory["tp"], mode=workload["mode"]).as_dict()  # fmt: skip
     except RidgelineError:
         return None
@@ -98,12 +117,17 @@ def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], theory: Mapp
     return found
 
 
-def _plane(workload: Mapping[str, Any], theory: Mapping[str, Any], model: Model | None,
+def _plane(workload: Mapping[str, Any], points: Sequence[Mapping[str, Any]], theory: Mapping[str, Any], model: Model | None,
            hardware: Hardware | None) -> dict[str, Any] | None:  # fmt: skip
     if model is None or hardware is None:
         return None
+    lengths = [workload[key] for key in LENGTHS]
+    if not all(isinstance(n, int) for n in lengths) or any(workload.get(key) for key in ("trace", "prompts")):
+        lengths = [next((row[key] for row in points if row[key]), None) or typical(workload[key]) for key in LENGTHS]
+    if None in lengths:
+        return None
     try:
-        return plane(model, hardware, input_tokens=workload["input_tokens"], output_tokens=workload["output_tokens"],
+        return plane(model, hardware, input_tokens=round(lengths[0]), output_tokens=round(lengths[1]),
                      dtype=theory["dtype"], tp=theory["tp"])  # fmt: skip
     except RidgelineError:
         return None
@@ -186,15 +210,17 @@ def public(summary: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "state": summary["state"],
         "verdict": summary["verdict"],
         "findings": summary["findings"],
-        "points": [_public_point(point) for point in summary["points"]],
+        "points": [public_point(point) for point in summary["points"]],
     }
 
 
-def _public_point(point: Mapping[str, Any]) -> dict[str, Any]:
+def public_point(point: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name, value in point.items():
         if isinstance(value, dict) and name.endswith("_s"):
             row[f"{name[:-2]}_ms"] = {k: v if k == "n" else _ms(v) for k, v in value.items()}
+        elif name in ("server_ttft_s", "server_itl_s", "client_ttft_s", "client_itl_s"):
+            row[f"{name[:-2]}_ms"] = _ms(value)
         elif name == "predicted" and value:
             row[name] = {f"{k[:-2]}_ms": _ms(value[k]["value"]) for k in ("ttft_s", "itl_s", "e2e_s")} | {
                 "output_tokens_per_s": value["output_tokens_per_s"]["value"],

@@ -7,8 +7,9 @@ count and the server's usage (BOS, chat template) is measured once and taken int
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from harness import prompts
 from harness.client import Client
+from harness.lengths import Asks
 from harness.records import RidgelineError
 
 Ask = Callable[[str, int], Awaitable[int | None]]  # (prompt, output tokens) -> usage.prompt_tokens, or None
@@ -89,95 +91,212 @@ async def _never(text: str) -> int:
 
 
 POOL = 1024  # prompts that are fitted one by one; beyond, a fitted text gets another head of as many tokens
+AT_ONCE = 32
+ALL_HEADS = range(len(prompts.HEADS) ** prompts.HEAD_WORDS)
 
 
 @dataclass(slots=True)
 class Prompts:
     """Prompts and what is known of their length."""
 
-    texts: list[str]
-    source: str  # tokenizer | server | usage | none
+    texts: Sequence[str]
+    source: str  # tokenizer | server | usage | given | none
     detail: str
     offset: int  # tokens that the server adds to the counted text
     proven: bool  # one real request's usage was the number asked
     same: bool = False
+    asks: Asks | None = None  # what each row of a trial asks; None: all alike
+    text_of: Sequence[int] = ()  # row -> its text; empty: row itself
+    head_of: Sequence[int] = ()  # text -> number of its head; empty: text itself
+    root_of: Sequence[int] = ()  # row -> row of its session's first turn; empty: row itself
+    heads: Sequence[int] = ALL_HEADS
 
-    def at(self, index: int) -> str:
-        """Prompt number `index`, unlike all others unless they are to be the same."""
-        if self.same or index < len(self.texts):
-            return self.texts[0 if self.same else index]
-        base = index % len(self.texts)
-        return self.texts[base].replace(prompts.head(base), prompts.head(index), 1)
-
-
-async def build(
-    counter: Counter, ask: Ask, n: int, tokens: int, seed: int, same: bool, say: Callable[[int], None]
-) -> Prompts:
-    """`n` prompts of `tokens` tokens by the server's own count.  `ask` sends one request and returns its usage."""
-    rng = np.random.default_rng(seed)
-    n = 1 if same else min(n, POOL)
-    if counter.source == "usage":
-        return await _by_usage(ask, n, tokens, rng, same)
-    starts = [int(start) for start in rng.integers(0, len(prompts.words()), n + 1)]
-    offset, guess, said = 0, 0, None
-    for _ in range(3):
-        probe, guess = await prompts.fit(counter.count, prompts.head(n), starts[n], tokens - offset, guess)
-        said = await ask(probe, 1)
-        if said is None or said == tokens:
-            break
-        offset += said - tokens
-    texts: list[str] = []
-    while len(texts) < n:
-        some = range(len(texts), min(n, len(texts) + 32))
-        fitted = await asyncio.gather(*(
-            prompts.fit(counter.count, prompts.head(i), starts[i], tokens - offset, guess) for i in some))  # fmt: skip
-        texts += [text for text, _ in fitted]
-        say(len(texts))
-    return Prompts(texts, counter.source, counter.detail, offset, said == tokens, same)
+    def at(self, number: int, place: int | None = None) -> str:
+        """The prompt of request `number` of the run, unlike all others unless they are to be the same.  `place`: which
+        of its trial it is, where that tells its length and its session."""
+        row, asks = number % len(self.texts), self.asks
+        if self.same:
+            row = 0
+        elif (
+            asks is not None
+            and not asks.alike
+            and place is not None
+            and (self.source != "given" or asks.due_s is not None)
+        ):
+            row = place % len(asks)
+            number -= row - self.root_of[row] if self.root_of else 0
+        if self.same or self.source == "given":
+            return self.texts[row]
+        text = self.text_of[row] if self.text_of else row
+        had = self.head_of[text] if self.head_of else text
+        if had == number:
+            return self.texts[text]
+        old, new = (
+            prompts.head(self.heads[n % len(self.heads)]) for n in (had, number)
+        )  # so late a repeat is in no cache
+        return self.texts[text].replace(old, new, 1)
 
 
-async def _by_usage(ask: Ask, n: int, tokens: int, rng: np.random.Generator, same: bool) -> Prompts:
-    """With no tokenizer anywhere: one excerpt is cut by bisection on the server's usage, and only the heads differ.
+async def build(counter: Counter, ask: Ask, asks: Asks, n: int, seed: int, say: Callable[[int], None],
+                same: bool = False, shared: float = 0.0) -> Prompts:  # fmt: skip
+    """A prompt for each row of `asks`, of its own number of tokens by the server's count, for a run of `n` requests.
 
-    A head's words are whole words between spaces, so the count of one holds for all that use words of equal count;
-    the words are tried one by one first.
+    `ask` sends one request and returns its usage.  `shared` is the share of each prompt, at its beginning, that is the
+    same in all.  Where there are many rows, those of one length have one text under different heads.
     """
-    start = int(rng.integers(0, len(prompts.words())))
+    starts = np.random.default_rng(seed).integers(0, len(prompts.words()), len(asks) + 1)
+    typical = int(np.median(asks.input_tokens))
+    fitter = Fitter(counter.count, asks, starts, shared)
+    source, detail, offset, said = counter.source, counter.detail, 0, None
+    if source == "usage":
+        fitter.count, fitter.at_once, detail = _asking(ask), 4, "bisection on the server's usage"
+        if await ask(prompts.text(fitter.before(0, typical), 0, 1), 1) is None:
+            source, detail = "none", "no tokenizer, and the server sends no usage"
+        said = typical
+    else:
+        for _ in range(3):
+            said = await ask(await fitter.one(len(asks), typical - offset), 1)
+            if said is None or said == typical:
+                break
+            offset += said - typical
+    fitter.offset = offset
+    roots = fitter.roots
+    rows = [0] if same else list(range(len(asks)))
+    text_of: list[int] = []
+    if not same and (source in ("usage", "none") or not asks.alike or n > len(asks)):
+        if source != "none":
+            fitter.heads = await _even(fitter, n)
+        if source in ("usage", "none") or len(asks) > POOL:
+            rows, text_of = _by_length(asks)
+    await fitter.measure_shared()
+    texts = [fitter.guessed(row) for row in rows] if source == "none" else await fitter.all(rows, say)
+    return Prompts(texts, source, detail, offset, source != "none" and said == typical, same, asks, text_of,
+                   [roots[row] for row in rows], roots, fitter.heads)  # fmt: skip
 
+
+def _asking(ask: Ask) -> prompts.Count:
     async def count(text: str) -> int:
         said = await ask(text, 1)
         if said is None:
-            raise RidgelineError("no usage")
+            raise RidgelineError("the server sends usage for some requests only; give --tokenizer", 6)
         return said
 
-    try:
-        base, _ = await prompts.fit(count, prompts.head(0), start, tokens)
-    except RidgelineError as problem:
-        if str(problem) != "no usage":
-            raise
-        length = max(1, int((tokens - 16) / 1.35))
-        texts = [prompts.text(prompts.head(i), start, length) for i in range(n)]
-        return Prompts(texts, "none", "no tokenizer, and the server sends no usage", 0, False, same)
-    if same:
-        return Prompts([base], "usage", "bisection on the server's usage", 0, True, True)
-    texts = [base]
-    first = prompts.head(0)
-    per_word: dict[str, bool] = {}
-    index = 0
-    while len(texts) < n:
-        index += 1
-        head = prompts.head(index)
-        for word in head.rstrip(". ").split():
-            if word not in per_word:
-                trial = base.replace(first, _with(first, word), 1)
-                per_word[word] = await count(trial) == tokens
-        if all(per_word[word] for word in head.rstrip(". ").split()):
-            texts.append(base.replace(first, head, 1))
-    return Prompts(texts, "usage", "bisection on the server's usage", 0, True)
+    return count
 
 
-def _with(head: str, word: str) -> str:
-    """The head with `word` in its first place if it is capitalised, else in its second: where it will stand."""
-    parts = head.rstrip(". ").split()
-    parts[0 if word[0].isupper() else 1] = word
-    return " ".join(parts) + ". "
+def _by_length(asks: Asks) -> tuple[list[int], list[int]]:
+    """(rows to fit, row -> which of them): rows of one length share a text, but not those of a session."""
+    rows: list[int] = []
+    text_of: list[int] = []
+    known: dict[int, int] = {}
+    in_session = set(np.flatnonzero(asks.after >= 0).tolist()) | set(asks.after.tolist())
+    for row, tokens in enumerate(asks.input_tokens.tolist()):
+        if row in in_session or tokens not in known:
+            if row not in in_session:
+                known[tokens] = len(rows)
+            text_of.append(len(rows))
+            rows.append(row)
+        else:
+            text_of.append(known[tokens])
+    return rows, text_of
+
+
+async def _even(fitter: Fitter, n: int) -> Sequence[int]:
+    """Heads that all cost as many tokens, so that one can stand for another: what each word costs in each place
+    is counted, and the sum that most heads have is taken.  As many words are tried as `n` prompts need."""
+    k = min(len(prompts.HEADS), max(16, round((4 * n) ** (1 / 3))))
+    some, same = prompts.HEADS[:k], prompts.HEADS[0]
+    trials = [f"{word.capitalize()} {same} {same}. " for word in some]
+    trials += [f"{same.capitalize()} {word} {same}. " for word in some]
+    trials += [f"{same.capitalize()} {same} {word}. " for word in some]
+    costs = np.array(await fitter.gather(fitter.count(prompts.text(prompts.OPENING + head, 0, 4)) for head in trials))
+    first, second, third = costs.reshape(3, k)
+    whole = first[:, None, None] + second[None, :, None] + third[None, None, :]
+    usual = np.bincount(whole.ravel()).argmax()
+    a, b, c = np.nonzero(whole == usual)
+    return [int(i) for i in np.sort(a + len(prompts.HEADS) * (b + len(prompts.HEADS) * c))]
+
+
+@dataclass(slots=True)
+class Fitter:
+    """Makes texts of exact lengths; remembers how long words are with this tokenizer."""
+
+    count: prompts.Count
+    asks: Asks
+    starts: Any
+    shared: float
+    at_once: int = AT_ONCE
+    offset: int = 0
+    heads: Sequence[int] = ALL_HEADS
+    pace: prompts.Pace = field(default_factory=prompts.Pace)
+    shared_pace: float = 1.3
+    opening: int = 10
+    roots: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.roots = self.asks.roots().tolist()
+
+    def head(self, row: int) -> str:
+        return prompts.head(self.heads[(self.roots[row] if row < len(self.roots) else row) % len(self.heads)])
+
+    async def gather(self, work: Any) -> list[Any]:
+        """All results in order, `at_once` at a time: a server is not to be stormed before it is measured."""
+        limit = asyncio.Semaphore(self.at_once)
+
+        async def one(task: Awaitable[Any]) -> Any:
+            async with limit:
+                return await task
+
+        return list(await asyncio.gather(*(one(task) for task in work)))
+
+    async def measure_shared(self) -> None:
+        """Tokens per word of the shared text, so that the share is as asked within a word or two."""
+        if self.shared:
+            words = max(1, int(self.shared * float(np.median(self.asks.input_tokens)) / self.pace.per_word))
+            self.opening = await self.count(prompts.OPENING)
+            whole = await self.count(prompts.OPENING + prompts.excerpt(0, words))
+            self.shared_pace = max(0.2, (whole - self.opening) / words)
+
+    def before(self, row: int, tokens: int) -> str:
+        """What stands before the excerpt: the opening, the shared text, the head."""
+        words = int((self.shared * tokens - self.opening) / self.shared_pace) if self.shared else 0
+        room = int((tokens - self.opening - 12) / self.shared_pace)  # a head and the closing must fit too
+        words = max(0, min(words, room))
+        return prompts.OPENING + (prompts.excerpt(0, words) + "\n\n" if words else "") + self.head(row)
+
+    async def one(self, row: int, tokens: int, earlier: str = "") -> str:
+        """The text of a row: after `earlier` (the turn before) if that fits, else from its beginning."""
+        start = int(self.starts[row])
+        if earlier:
+            words = int(self.asks.output_tokens[self.asks.after[row]] / self.pace.per_word)
+            answered = f"{earlier} {prompts.excerpt(start, words)}{prompts.NEXT_TURN}"
+            with contextlib.suppress(RidgelineError):
+                return await prompts.fit(self.count, answered, start + words, tokens, self.pace)
+        try:
+            return await prompts.fit(self.count, self.before(row, tokens), start, tokens, self.pace)
+        except RidgelineError:
+            if self.asks.alike or self.shared:
+                raise
+        # A length of a distribution or a trace that leaves no room for the template.
+        return await prompts.fit(self.count, self.head(row), start, tokens, self.pace, "")
+
+    async def all(self, rows: Sequence[int], say: Callable[[int], None]) -> list[str]:
+        """The texts of `rows`, each session's turns one after the other."""
+        made: dict[int, str] = {}
+        sessions: dict[int, list[int]] = {}
+        for row in rows:
+            sessions.setdefault(self.roots[row], []).append(row)
+
+        async def session(turns: list[int]) -> None:
+            for row in turns:
+                tokens = int(self.asks.input_tokens[row]) - self.offset
+                made[row] = await self.one(row, tokens, made.get(int(self.asks.after[row]), ""))
+            say(len(made))
+
+        await self.gather(session(turns) for turns in sessions.values())
+        return [made[row] for row in rows]
+
+    def guessed(self, row: int) -> str:
+        """Where nothing counts: about as long as asked."""
+        tokens = int(self.asks.input_tokens[row])
+        return prompts.text(self.before(row, tokens), int(self.starts[row]), max(1, int((tokens - 16) / 1.35)))

@@ -26,6 +26,7 @@ clock = time.perf_counter  # CLOCK_MONOTONIC on Linux: shared by all processes o
 EVENT_BYTES = 16 * 2**20  # one event longer than this is not an answer
 RUNAWAY_EVENTS = 4  # events per token asked
 ERROR_BYTES = 64 * 1024  # this much of an error's body is kept
+MARKERS = (b"data: [DONE]", b"data:[DONE]")  # how a stream ends
 LINGER_S = 0.05  # after [DONE] the end of the HTTP message is awaited so long, then the connection is dropped
 
 
@@ -41,6 +42,10 @@ class Target:
 
     def __repr__(self) -> str:
         return f"Target({self.url})"
+
+    @property
+    def key(self) -> str:
+        return dict(self.headers).get("Authorization", "").removeprefix("Bearer ")
 
     @property
     def url(self) -> str:
@@ -104,6 +109,7 @@ class Exchange:
         "stamps_s",
         "status",
         "tag",
+        "tls_s",
     )  # fmt: skip
 
     def __init__(self, tag: Any, payload: bytes, output_tokens: int) -> None:
@@ -114,7 +120,7 @@ class Exchange:
         self.stamps_s = array("d")
         self.ends = array("L")
         self.size = self.events = self.since_event = self.status = 0
-        self.sent_s = self.end_s = self.connect_s = NAN
+        self.sent_s = self.end_s = self.connect_s = self.tls_s = NAN
         self.ending = self.note = ""
         self.keep_alive = True
         self.resent = False
@@ -130,7 +136,7 @@ class Wire(asyncio.Protocol):
         self.exchange: Exchange | None = None
         self.transport: asyncio.Transport | None = None
         self.fd = -1
-        self.connect_s = NAN
+        self.connect_s = self.tls_s = NAN
         self.uses = 0
         self.open = False
         self.parser = httptools.HttpResponseParser(self)
@@ -163,10 +169,11 @@ class Wire(asyncio.Protocol):
             exchange.ends.append(exchange.size)
         if self.exchange is not exchange or exchange.ending:  # the message was complete
             return
-        ends = data.count(b"\n\n")
+        ends = data.count(b"\n\n") or data.count(b"\r\n\r\n")
         exchange.events += ends
         exchange.since_event = 0 if ends else exchange.since_event + len(data)
-        if b"[DONE]" in data[-32:]:
+        # A marker that came in pieces is in the last pieces: only tiny reads need that look.
+        if b"[DONE]" in data[-32:] or (len(data) < 32 and b"[DONE]" in b"".join(exchange.chunks[-8:])):
             asyncio.get_running_loop().call_later(LINGER_S, self._linger, exchange)
         elif exchange.events > exchange.max_events:
             self.finish("runaway", f"stopped after {exchange.events} events")
@@ -237,7 +244,8 @@ class Wire(asyncio.Protocol):
         """Write the request now; `sent_s` is the moment after its bytes were handed to the kernel."""
         assert self.transport is not None and self.exchange is None
         self.exchange = exchange
-        exchange.connect_s = self.connect_s if not self.uses else NAN
+        if not self.uses:
+            exchange.connect_s, exchange.tls_s = self.connect_s, self.tls_s
         self.uses += 1
         payload = exchange.payload
         if self.fd >= 0:  # past the loop's own queue, which would write only when all of a wave have been queued
@@ -255,13 +263,13 @@ class Wire(asyncio.Protocol):
             self.transport.write(payload)
         exchange.sent_s = clock()
 
-    def finish(self, ending: str, note: str = "", only: Exchange | None = None) -> None:
-        """End the exchange under way as `ending`; anything but a complete message costs the connection."""
+    def finish(self, ending: str, note: str = "", only: Exchange | None = None, end_s: float | None = None) -> None:
+        """End the exchange under way as `ending`, now or at `end_s`; anything but a complete message costs the connection."""
         exchange = self.exchange
         if exchange is None or (only is not None and only is not exchange):
             return
         self.exchange = None
-        exchange.end_s = clock()
+        exchange.end_s = end_s or clock()
         exchange.ending = ending
         exchange.note = note or exchange.note
         if ending != "complete" or not exchange.keep_alive:
@@ -269,9 +277,9 @@ class Wire(asyncio.Protocol):
         self.on_end(self, exchange)
 
     def _linger(self, exchange: Exchange) -> None:
-        if self.exchange is exchange:
+        if self.exchange is exchange and b"".join(exchange.chunks[-32:]).rstrip().endswith(MARKERS):  # not a text of it
             exchange.keep_alive = False
-            self.finish("complete")
+            self.finish("complete", end_s=exchange.stamps_s[-1])
 
     def close(self) -> None:
         self.open = False
@@ -291,6 +299,7 @@ async def connect(target: Target, address: tuple[Any, ...], tls: ssl.SSLContext 
         async with asyncio.timeout(timeout_s):
             await loop.sock_connect(sock, sockaddr)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connected_s = clock()
             if tls:
                 await loop.create_connection(lambda: wire, sock=sock, ssl=tls, server_hostname=target.host)
             else:
@@ -298,7 +307,9 @@ async def connect(target: Target, address: tuple[Any, ...], tls: ssl.SSLContext 
     except BaseException:
         sock.close()
         raise
-    wire.connect_s = clock() - start
+    wire.connect_s = connected_s - start
+    if tls:
+        wire.tls_s = clock() - connected_s
     return wire
 
 

@@ -24,7 +24,10 @@ def simulated() -> Iterator[Callable[..., str]]:
 
     def start(*options: str) -> str:
         process = subprocess.Popen(
-            [sys.executable, "-m", "harness.simulator", "--port", "0", *options], stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, "-m", "harness.simulator", "--port", "0", *options],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
         )
         started.append(process)
         assert process.stdout is not None
@@ -42,7 +45,9 @@ def simulated() -> Iterator[Callable[..., str]]:
 def ridgeline(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command in an empty folder."""
 
-    def call(*arguments: str, env: dict[str, str] | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def call(
+        *arguments: str, env: dict[str, str] | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "harness", *arguments],
             capture_output=True, text=True, timeout=timeout, cwd=tmp_path,

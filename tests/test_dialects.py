@@ -111,7 +111,9 @@ def test_every_ending_has_its_class(expected: str, body: bytes, ending: str) -> 
         (204, b"", ("http_204", "")),
     ],
 )
-def test_any_status_but_200_is_a_failure_with_the_servers_words(status: int, body: bytes, expected: tuple[str, str]) -> None:
+def test_any_status_but_200_is_a_failure_with_the_servers_words(
+    status: int, body: bytes, expected: tuple[str, str]
+) -> None:
     answer = read(body, status=status)
     assert (answer.error_class, answer.error) == expected
 
@@ -125,7 +127,9 @@ def test_a_role_chunk_is_no_token_and_reasoning_is_one() -> None:
 
 
 def test_continuous_usage_is_taken_and_never_summed() -> None:
-    body = say(*[token("a", None, usage={"prompt_tokens": 7, "completion_tokens": n}) for n in (1, 4, 6)], token("", "length"))
+    body = say(
+        *[token("a", None, usage={"prompt_tokens": 7, "completion_tokens": n}) for n in (1, 4, 6)], token("", "length")
+    )
     answer = read(body, asked=6)
     assert (answer.output_tokens, answer.input_tokens, answer.arrival_tokens) == (6, 7, [1, 3, 2])
 

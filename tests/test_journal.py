@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 
@@ -29,7 +30,17 @@ def test_a_record_comes_back_as_it_was() -> None:
         one = record(i)
         assert back.chunk_s.tolist() == one.chunk_s.tolist()
         assert math.isnan(back.scheduled_s) == math.isnan(one.scheduled_s)
-        for name in ("id", "wave", "sent_s", "end_s", "output_tokens", "input_tokens", "token_source", "error", "warmup"):
+        for name in (
+            "id",
+            "wave",
+            "sent_s",
+            "end_s",
+            "output_tokens",
+            "input_tokens",
+            "token_source",
+            "error",
+            "warmup",
+        ):
             assert getattr(back, name) == getattr(one, name), name
     assert reading.events == [{"event": "trial_end", "at_s": 1.5}]
     assert (reading.torn_bytes, reading.bad_frames) == (0, [])
@@ -63,13 +74,13 @@ def test_random_damage_never_raises_anything_but_a_clear_error() -> None:
         data = bytearray(written(5))
         for _ in range(rng.randint(1, 5)):
             data[rng.randrange(len(data))] = rng.randrange(256)
-        try:
+        with contextlib.suppress(RidgelineError):
             list(journal.read(bytes(data), journal.Reading()))
-        except RidgelineError:
-            pass
 
 
-@pytest.mark.parametrize(("data", "said"), [(b"PAR1....", "not a Ridgeline journal"), (b"ridgeline journal 9\n", "newer")])
+@pytest.mark.parametrize(
+    ("data", "said"), [(b"PAR1....", "not a Ridgeline journal"), (b"ridgeline journal 9\n", "newer")]
+)
 def test_what_is_no_journal_of_ours_is_refused_by_name(data: bytes, said: str) -> None:
     with pytest.raises(RidgelineError, match=said):
         list(journal.read(data, journal.Reading()))

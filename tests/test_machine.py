@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,24 +59,61 @@ def test_measured_rates_are_plausible() -> None:
     assert 1e8 < machine.matrix_flops_per_s((256,), 0.2) < 1e14
 
 
-def test_a_row_is_measured_once_and_then_comes_with_its_age(tmp_path: Path) -> None:
-    code = "import json, sys; from harness import machine; print(json.dumps(machine.row(None, lambda s: print(s, file=sys.stderr))))"
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+def call(cache: Path, code: str) -> tuple[dict[str, Any], str]:
+    """What `machine.row` gives and says in a process that keeps its store in `cache`."""
+    code = f"import json, sys; from harness import machine; {code}"
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout), done.stderr
 
-    def call() -> tuple[dict[str, object], str]:
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        return json.loads(done.stdout), done.stderr
 
+ROW = "print(json.dumps(machine.row(None, lambda s: print(s, file=sys.stderr))))"
+
+
+def test_a_row_is_measured_and_theory_takes_it(tmp_path: Path) -> None:
     start_s = time.monotonic()
-    first, said = call()
+    row, said = call(tmp_path, ROW)
     assert time.monotonic() - start_s < 60
     assert "measuring" in said
-    second, said = call()
-    assert "as measured" in said and "ago" in said
-    assert second["bytes_per_s"] == first["bytes_per_s"]
-    hardware = from_row(second)
+    hardware = from_row(row)
     assert hardware.measured and list(hardware.flops) == ["fp32"]
-    assert "predictions fall back" in hardware.notes and "before it was used" in hardware.notes
+    assert "predictions fall back" in hardware.notes
+
+
+STORED = {"name": "x", "flops": {"fp32": 9e99}, "mem_bytes": 1, "bytes_per_s": 1.0, "notes": "n", "measured": True}
+KEY = "f'{machine.cpu_model()}, {machine.usable_cores()} cores, memory'"
+
+
+def put(cache: Path, **entry: Any) -> None:
+    call(cache, f"machine._store({{{KEY}: {entry | {'row': STORED}!r}}}); print('{{}}')")
+
+
+def test_a_stored_row_comes_with_its_age(tmp_path: Path) -> None:
+    put(tmp_path, measured_at_s=time.time() - 7300, others_share=0.0)
+    row, said = call(tmp_path, ROW)
+    assert said.startswith("this machine as measured 2 hours ago")
+    assert row["flops"] == {"fp32": 9e99} and row["notes"] == "n; measured 2 hours before it was used"
+
+
+def test_a_disturbed_row_is_measured_again_and_the_better_rate_counts(tmp_path: Path) -> None:
+    put(tmp_path, measured_at_s=time.time(), others_share=0.5)
+    row, said = call(tmp_path, ROW)
+    assert "measuring" in said
+    assert row["flops"] == {"fp32": 9e99} and row["bytes_per_s"] > 1e8
+
+
+def test_others_on_the_cores_are_noticed() -> None:
+    before = machine._busy_s()
+    time.sleep(0.05)
+    quiet = machine._others_share(before)
+    hog = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    before = machine._busy_s()
+    time.sleep(1)
+    noisy = machine._others_share(before)
+    hog.kill()
+    hog.wait()
+    assert 0 <= quiet <= 1.5  # a moment is within the clock's tick
+    assert noisy > 0.5 / (os.cpu_count() or 1)
 
 
 def test_a_store_that_is_broken_or_cannot_be_written_is_no_failure(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from harness import metrics, stats
 from harness.records import Record, table
 
 
-def steady(id: int, sent_s: float, ttft_s: float, gap_s: float, tokens: int, per_event: int = 1, **more: object) -> Record:
+def steady(
+    id: int, sent_s: float, ttft_s: float, gap_s: float, tokens: int, per_event: int = 1, **more: object
+) -> Record:
     """An answer of `tokens` tokens, `per_event` in each event, events `gap_s` apart."""
     events = math.ceil(tokens / per_event)
     chunk_s = np.array([ttft_s + i * gap_s for i in range(events)], np.float32)

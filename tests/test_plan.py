@@ -8,9 +8,11 @@ import itertools
 import numpy as np
 import pytest
 
+from harness import plan as planning
 from harness import prompts, run, scenario, tokens
 from harness.arrivals import ARRIVALS
-from harness.records import RidgelineError
+from harness.lengths import Asks
+from harness.records import Request, RidgelineError
 
 
 @pytest.mark.parametrize("name", ARRIVALS)
@@ -31,18 +33,23 @@ async def by_words(text: str) -> int:
 
 @pytest.mark.parametrize("wanted", [40, 64, 350, 1000, 4096])
 def test_a_prompt_has_exactly_the_tokens_asked_for(wanted: int) -> None:
-    text, _ = asyncio.run(prompts.fit(by_words, prompts.head(7), 11, wanted))
+    before = prompts.OPENING + prompts.head(7)
+    text = asyncio.run(prompts.fit(by_words, before, 11, wanted, prompts.Pace()))
     assert asyncio.run(by_words(text)) == wanted
     assert text.startswith(prompts.OPENING) and text.endswith(prompts.CLOSING)
 
 
 def test_a_prompt_shorter_than_its_template_is_refused_with_the_number() -> None:
     with pytest.raises(RidgelineError, match="template alone has"):
-        asyncio.run(prompts.fit(by_words, prompts.head(0), 0, 5))
+        asyncio.run(prompts.fit(by_words, prompts.OPENING, 0, 5, prompts.Pace()))
 
 
 def test_heads_are_all_different() -> None:
     assert len({prompts.head(i) for i in range(5000)}) == 5000
+
+
+def of_length(n: int, length: int) -> Asks:
+    return Asks(np.full(n, length), np.ones(n, int), np.full(n, -1), alike=True)
 
 
 @pytest.mark.parametrize("source", ["tokenizer", "usage"])
@@ -51,7 +58,7 @@ def test_prompts_have_the_servers_count_whatever_its_template_adds(source: str, 
     async def ask(text: str, n: int) -> int:
         return await by_words(text) + template
 
-    built = asyncio.run(tokens.build(tokens.Counter(source, by_words), ask, 40, 350, 1, False, lambda n: None))
+    built = asyncio.run(tokens.build(tokens.Counter(source, by_words), ask, of_length(40, 350), 60, 1, lambda n: None))
     counts = {asyncio.run(ask(built.at(i), 1)) for i in range(60)}
     assert counts == {350}
     assert built.proven and built.offset == (template if source == "tokenizer" else 0)
@@ -62,7 +69,7 @@ def test_without_usage_and_tokenizer_the_length_is_not_claimed() -> None:
     async def ask(text: str, n: int) -> None:
         return None
 
-    built = asyncio.run(tokens.build(tokens.Counter("usage", by_words), ask, 5, 350, 1, False, lambda n: None))
+    built = asyncio.run(tokens.build(tokens.Counter("usage", by_words), ask, of_length(5, 350), 5, 1, lambda n: None))
     assert (built.source, built.proven) == ("none", False)
 
 
@@ -70,9 +77,9 @@ def made(**values: object) -> scenario.Workload:
     return scenario.Workload.model_validate(values)
 
 
-def plan(work: scenario.Workload, trial: int = 0) -> list[run.Request]:
+def plan(work: scenario.Workload, trial: int = 0) -> list[Request]:
     pool = tokens.Prompts([f"p{i}" for i in range(tokens.POOL)], "tokenizer", "", 0, True)
-    return list(run.trial_requests(work, run.points_of(work)[0], trial, 0, pool, itertools.count()))
+    return list(planning.trial_requests(work, planning.points_of(work)[0], trial, 0, pool, itertools.count()))
 
 
 def test_a_wave_plan_is_whole_waves_with_the_warm_up_first() -> None:
@@ -91,8 +98,8 @@ def test_an_open_plan_follows_the_seed() -> None:
 
 
 def test_points_are_shuffled_only_over_several_trials() -> None:
-    one = run.schedule(made(batch_sizes=[1, 2, 4, 8, 16]))
+    one = list(run.schedule(made(batch_sizes=[1, 2, 4, 8, 16])))
     assert [point.batch_size for _, point in one] == [1, 2, 4, 8, 16]
-    many = run.schedule(made(batch_sizes=[1, 2, 4, 8, 16], trials=4))
+    many = list(run.schedule(made(batch_sizes=[1, 2, 4, 8, 16], trials=4)))
     orders = {tuple(p.batch_size for t, p in many if t == trial) for trial in range(4)}
     assert len(orders) > 1 and all(sorted(o) == [1, 2, 4, 8, 16] for o in orders)  # type: ignore[type-var]

@@ -36,7 +36,10 @@ def test_the_standard_is_350_in_150_out_at_batch_1_to_256() -> None:
     ("text", "said"),
     [
         ("conccurency: 3", "f.yaml:1: conccurency: unknown key"),
-        ("name: a\nworkload:\n  batch_size: [1]", "f.yaml:3: workload.batch_size: unknown key; did you mean 'batch_sizes'?"),
+        (
+            "name: a\nworkload:\n  batch_size: [1]",
+            "f.yaml:3: workload.batch_size: unknown key; did you mean 'batch_sizes'?",
+        ),
         ("workload:\n  batch_sizes: [1, -8]", "f.yaml:2: workload.batch_sizes[1]: got -8"),
         ("workload:\n  batch_sizes: []", "f.yaml:2: workload.batch_sizes: got []"),
         ("workload: {output_tokens: 0}", "f.yaml:1: workload.output_tokens: got 0"),
@@ -68,7 +71,7 @@ def test_times_may_be_written_with_their_unit() -> None:
 
 def test_the_schema_knows_every_key_and_the_commented_scenario_is_valid() -> None:
     known = json.loads(scenario.schema())["properties"]
-    assert set(known) == {"name", "description", "engine", "model", "tokenizer", "api_key_env", "workload", "theory",
+    assert set(known) == {"name", "description", "engine", "model", "tokenizer", "api_key_env", "workload", "client", "theory",
                           "limits", "report"}  # fmt: skip
     assert scenario.load(scenario.commented()) == scenario.Scenario()
 

@@ -142,6 +142,7 @@ def _context(runs: Sequence[RunView], figures: Mapping[str, Figure]) -> dict[str
         "advice": [(name, advice) for name, run in zip(names, runs, strict=True) if (advice := _advice(run))],
         "plane": _plane(runs, figures),
         "figures_table": tables.figures_table(runs) if any(view.points(run) for run in runs) else None,
+        "definitions": tables.definitions_tables(runs),
         "time": [_time(run, name) for run, name in zip(runs, names, strict=True)],
         "starts": [
             (name, tables.stages(run), tables.load_sentence(run)) for name, run in zip(names, runs, strict=True)
@@ -174,13 +175,15 @@ def _meta(runs: Sequence[RunView]) -> list[str]:
 def _described(run: RunView) -> list[str]:
     summary, load = run.summary, view.child(run.summary, "workload")
     lengths = [units.count(view.num(load, key)) for key in ("input_tokens", "output_tokens")]
+    fixed = not (load.get("trace") or load.get("prompts") or (load.get("turns") or 1) > 1)
     trials = view.num(load, "trials")
     return [
         part
         for part in (
             f"{view.text(summary, 'engine', 'kind')} {view.text(summary, 'engine', 'version')}".strip(),
-            f"{lengths[0]} tokens in, {lengths[1]} out" if units.MISSING not in lengths else "",
+            f"{lengths[0]} tokens in, {lengths[1]} out" if units.MISSING not in lengths and fixed else "",
             _MODES.get(view.text(load, "mode"), view.text(load, "mode")),
+            "stamped in the openai client" if view.text(load, "transport") == "openai" else "",
             f"{units.count(trials)} trial{'' if trials == 1 else 's'} a point" if math.isfinite(trials) else "",
             view.text(run.run, "started_at").replace("T", " ").removesuffix("+00:00") + " UTC"
             if view.text(run.run, "started_at").endswith("+00:00")

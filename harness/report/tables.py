@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from harness import units
+from harness import definitions, units
 from harness.report import view
 from harness.report.view import SAMPLES_NEEDED, VERDICTS, Json, Key, RunView, Shown
 
@@ -257,6 +257,21 @@ def figures_table(runs: Sequence[RunView]) -> Table:
 
 
 # --- where the time goes ------------------------------------------------------------------------------------------
+
+
+def definitions_tables(runs: Sequence[RunView]) -> list[Table]:
+    """Each point under another tool's formulas, where the report was asked for them."""
+    found: list[Table] = []
+    for run, name in zip(runs, view.labels(runs), strict=True):
+        said = run.summary.get("definitions") or {}
+        for i, point in enumerate(said.get("points", [])):
+            load = f"batch size {point['batch_size']}" if point["batch_size"] else f"{point['rate']:g} requests/s"
+            caption = " · ".join(filter(None, [name if len(runs) > 1 else "", load, f"as {said['version']} reckons"]))
+            head = [[column(text) for text in ("Figure", "Ridgeline", said["definitions"], "difference")]]
+            body = [[heading(row[0]), *(figure(text) for text in row[1:])] for row in definitions.rows(point)]
+            notes = ["Recomputed from the stored stamps; `ridgeline definitions` explains each difference."]
+            found.append(Table(f"table-definitions-{len(found)}", caption, head, body, notes if not i else []))
+    return found
 
 
 def terms_table(run: RunView, shown: Shown, name: str) -> Table | None:

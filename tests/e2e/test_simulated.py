@@ -48,7 +48,9 @@ def test_the_law_of_the_simulator_is_recovered(simulated: Callable[..., str], ri
     assert d == pytest.approx(0.5, rel=0.1)
 
 
-def test_json_is_one_object_with_every_promised_figure(simulated: Callable[..., str], ridgeline: Run, tmp_path: Path) -> None:
+def test_json_is_one_object_with_every_promised_figure(
+    simulated: Callable[..., str], ridgeline: Run, tmp_path: Path
+) -> None:
     done = ridgeline(*fast(simulated(*LAW), "--batch-sizes", "1,4", "--waves", "3", "--json"))
     assert done.returncode == 0, done.stderr
     found = one_object(done.stdout)
@@ -61,10 +63,14 @@ def test_json_is_one_object_with_every_promised_figure(simulated: Callable[..., 
         assert point["output_tokens_per_s"] > 0 and point["requests_per_s"] > 0
     assert "no prediction" in json.dumps(found["findings"]) and "--hardware" in json.dumps(found["findings"])
     folder = tmp_path / found["run"]
-    assert {"run.json", "summary.json", "requests.parquet", "journal.bin", "scenario.yaml"} <= {p.name for p in folder.iterdir()}
+    assert {"run.json", "summary.json", "requests.parquet", "journal.bin", "scenario.yaml"} <= {
+        p.name for p in folder.iterdir()
+    }
 
 
-def test_predictions_stand_beside_the_figures_when_model_and_hardware_are_named(simulated: Callable[..., str], ridgeline: Run) -> None:
+def test_predictions_stand_beside_the_figures_when_model_and_hardware_are_named(
+    simulated: Callable[..., str], ridgeline: Run
+) -> None:
     config = str(ROOT / "scenarios" / "llama-3.1-8b.config.json")
     done = ridgeline(*fast(simulated(*LAW), "--batch-sizes", "2", "--waves", "2", "--json", "--hardware", "A100-SXM-80GB",
                            "--model-config", config))  # fmt: skip
@@ -75,7 +81,9 @@ def test_predictions_stand_beside_the_figures_when_model_and_hardware_are_named(
 
 @pytest.mark.parametrize("mode", [("--mode", "closed", "--batch-sizes", "4", "--requests", "20"),
                                   ("--rate", "40", "--arrivals", "constant", "--requests", "40")])  # fmt: skip
-def test_closed_and_open_loop_keep_their_plan(mode: tuple[str, ...], simulated: Callable[..., str], ridgeline: Run) -> None:
+def test_closed_and_open_loop_keep_their_plan(
+    mode: tuple[str, ...], simulated: Callable[..., str], ridgeline: Run
+) -> None:
     done = ridgeline(*fast(simulated(*LAW), *mode, "--warmup", "0", "--json"))
     point = one_object(done.stdout)["points"][0]
     assert (point["requests"], point["errors"]) == (int(mode[-1]), 0)
@@ -83,7 +91,9 @@ def test_closed_and_open_loop_keep_their_plan(mode: tuple[str, ...], simulated: 
         assert point["batch_ran"] is None or point["batch_ran"]["max"] <= 4
 
 
-def test_the_report_of_a_run_is_rebuilt_from_its_folder(simulated: Callable[..., str], ridgeline: Run, tmp_path: Path) -> None:
+def test_the_report_of_a_run_is_rebuilt_from_its_folder(
+    simulated: Callable[..., str], ridgeline: Run, tmp_path: Path
+) -> None:
     found = one_object(ridgeline(*fast(simulated(*LAW), "--batch-sizes", "2", "--json")).stdout)
     done = ridgeline("report", found["run"], "-o", "page.html")
     assert done.returncode == 0, done.stderr
@@ -136,7 +146,9 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(simulated: Callable[...,
 
 def test_a_key_is_in_no_artefact(simulated: Callable[..., str], ridgeline: Run, tmp_path: Path) -> None:
     key = "sk-canary-4711"
-    done = ridgeline("run", "--url", simulated(*LAW), "--output-tokens", "5", "--batch-sizes", "1", env={"OPENAI_API_KEY": key})
+    done = ridgeline(
+        "run", "--url", simulated(*LAW), "--output-tokens", "5", "--batch-sizes", "1", env={"OPENAI_API_KEY": key}
+    )
     assert done.returncode == 0
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or key.encode() not in path.read_bytes(), path
@@ -156,7 +168,9 @@ def wait_for_records(folder: Path) -> None:
     pytest.fail("no records came")
 
 
-def test_kill_9_leaves_a_run_that_can_be_reported(simulated: Callable[..., str], ridgeline: Run, tmp_path: Path) -> None:
+def test_kill_9_leaves_a_run_that_can_be_reported(
+    simulated: Callable[..., str], ridgeline: Run, tmp_path: Path
+) -> None:
     process = started(tmp_path, *fast(simulated(*LAW), "--batch-sizes", "2", "--waves", "500", "--out", "cut"))
     wait_for_records(tmp_path / "cut")
     process.kill()
@@ -170,7 +184,9 @@ def test_kill_9_leaves_a_run_that_can_be_reported(simulated: Callable[..., str],
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_with_a_partial_report(number: int, code: int, simulated: Callable[..., str], tmp_path: Path) -> None:
+def test_a_signal_ends_the_run_with_a_partial_report(
+    number: int, code: int, simulated: Callable[..., str], tmp_path: Path
+) -> None:
     process = started(tmp_path, *fast(simulated(*LAW), "--batch-sizes", "2", "--waves", "500", "--out", "cut"))
     wait_for_records(tmp_path / "cut")
     process.send_signal(number)
@@ -183,7 +199,9 @@ def test_a_signal_ends_the_run_with_a_partial_report(number: int, code: int, sim
 
 def test_errors_are_counted_by_class_and_set_the_exit_code(simulated: Callable[..., str], ridgeline: Run) -> None:
     url = simulated("--context-tokens", "128", *LAW)
-    done = ridgeline("run", "--url", url, "--input-tokens", "100", "--output-tokens", "500", "--batch-sizes", "1", "--json")
+    done = ridgeline(
+        "run", "--url", url, "--input-tokens", "100", "--output-tokens", "500", "--batch-sizes", "1", "--json"
+    )
     assert done.returncode == 6, done.stderr
     found = one_object(done.stdout)
     assert found["points"][0]["error_classes"] == {"context_length": 3}
