@@ -58,13 +58,16 @@ def _last_event_s(t: Table) -> Floats:
 
 
 def _event_gaps_s(t: Table) -> Floats:
-    """Gaps between events with a choice: those between texts, and to an empty one before or after them."""
+    """Gaps between events with a choice: those between texts, and to an empty one before or after them.  Other empty ones
+    came in one read with a neighbour (a gap of 0), or split a gap: as many zeros keep the mean exact."""
     first_s, last_s = ttft_s(t), e2e_s(t)
     if np.isnan(t.first_event_s[~np.isnan(first_s)]).any():  # recorded before these stamps were kept
         return np.empty(0)
     grain_s = 2e-6 + 2e-7 * np.nan_to_num(last_s)  # text stamps are float32
     lead_s, tail_s = first_s - t.first_event_s, t.last_event_s - last_s
-    return np.concatenate([chunk_gap_s(t), lead_s[lead_s > grain_s], tail_s[tail_s > grain_s]])
+    gaps_s = np.concatenate([chunk_gap_s(t), lead_s[lead_s > grain_s], tail_s[tail_s > grain_s]])
+    others = int(np.maximum(t.choice_events - 1, 0).sum()) - len(gaps_s)
+    return np.append(gaps_s, np.zeros(max(0, others)))
 
 
 def _by_tokens(values_s: Floats, weights: Floats) -> Floats:

@@ -125,6 +125,7 @@ class Answer:
     events: int = 0
     first_event_s: float = float("nan")
     last_event_s: float = float("nan")
+    choice_events: int = 0
 
 
 def text_of(choice: Mapping[str, Any]) -> str:
@@ -190,6 +191,7 @@ def _read_stream(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: S
             continue
         if choice.get("finish_reason"):
             answer.finish_reason = str(choice["finish_reason"])
+        answer.choice_events += 1
         answer.last_event_s = stamps_s[min(bisect_left(ends, event.end), len(stamps_s) - 1)]
         if answer.first_event_s != answer.first_event_s:
             answer.first_event_s = answer.last_event_s

@@ -26,7 +26,9 @@ NAMED = frozenset({"model", "messages", "prompt", "max_tokens", "temperature", "
 def require() -> None:
     """Raises RidgelineError if the client is not installed."""
     if importlib.util.find_spec("openai") is None:
-        raise RidgelineError("workload.transport openai: the openai client is not installed; `pip install ridgeline[openai]`")
+        raise RidgelineError(
+            "workload.transport openai: the openai client is not installed; `pip install ridgeline[openai]`"
+        )
 
 
 class OpenAIWire(Wire):

@@ -89,6 +89,7 @@ def to_record(
         tls_s=_time(header, "tls_s"),
         first_event_s=answer.first_event_s - sent_s,
         last_event_s=answer.last_event_s - sent_s,
+        choice_events=answer.choice_events,
     )
 
 

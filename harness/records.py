@@ -62,7 +62,8 @@ class Record:
     16 s), `chunk_tokens` how many tokens each carried as far as the stream tells.  So TTFT is `chunk_s[0]` and E2E is
     `chunk_s[-1]`.  `connect_s` is the time the connection took to open, `tls_s` that of the TLS handshake after it; both were
     spent before `sent_s`.  `first_event_s` and `last_event_s` (after `sent_s` too) are the arrivals of the first and the
-    last event that held a choice, with text or without: some tools count these as tokens (see definitions).
+    last event that held a choice, with text or without, and `choice_events` how many there were: some tools count these
+    as tokens (see definitions).
     """
 
     id: int
@@ -89,6 +90,7 @@ class Record:
     tls_s: float = NAN
     first_event_s: float = NAN
     last_event_s: float = NAN
+    choice_events: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,7 @@ class Table:
     tls_s: Floats
     first_event_s: Floats
     last_event_s: Floats
+    choice_events: Ints
     chunk_s: Floats
     chunk_tokens: Ints
     start: Ints
@@ -166,7 +169,7 @@ class Table:
 
 
 SCALAR_COLUMNS = tuple(name for name in Table.__slots__ if name not in ("chunk_s", "chunk_tokens", "start"))
-COUNTS = ("input_tokens", "output_tokens", "cached_tokens", "asked_input_tokens", "asked_output_tokens")
+COUNTS = ("input_tokens", "output_tokens", "cached_tokens", "asked_input_tokens", "asked_output_tokens", "choice_events")
 _TEXTS = ("token_source", "finish_reason", "error_class", "error")
 
 

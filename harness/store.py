@@ -26,7 +26,7 @@ from harness.records import COUNTS, SCALAR_COLUMNS, Record, RidgelineError, Tabl
 
 FORMAT = 1
 # Columns that files of the first weeks lack: they read as missing.
-LATER = ("asked_input_tokens", "asked_output_tokens", "tls_s", "first_event_s", "last_event_s")
+LATER = ("asked_input_tokens", "asked_output_tokens", "tls_s", "first_event_s", "last_event_s", "choice_events")
 JOURNAL, PARQUET, RUN, SUMMARY, SERVER = "journal.bin", "requests.parquet", "run.json", "summary.json", "server.jsonl"
 
 

@@ -31,7 +31,7 @@ def answer(id: int = 0, sent_s: float = 0.0, tokens: int = TOKENS, ttft_s: float
               "output_tokens": tokens, "asked_output_tokens": tokens, "token_source": "usage", "status": 200}  # fmt: skip
     return Record(id=id, sent_s=sent_s, end_s=sent_s + last_s + tail_s, chunk_s=chunk_s.astype(np.float32),
                   chunk_tokens=np.ones(len(chunk_s), np.int32), first_event_s=ttft_s if role_s is None else role_s,
-                  last_event_s=last_s + finish_s, **values | more)  # fmt: skip
+                  choice_events=len(chunk_s) + (role_s is not None) + (finish_s > 0), last_event_s=last_s + finish_s, **values | more)  # fmt: skip
 
 
 def means(name: str, *records: Record, mode: str = "wave", slots: int = 1) -> dict[str, Any]:
@@ -63,6 +63,10 @@ def test_vllm_counts_a_role_chunk_and_an_empty_last_one_as_tokens() -> None:
     assert row["tpot_s"] == pytest.approx((0.049 + 149 * GAP + 0.004) / 149)
     assert row["itl_s"] == pytest.approx((0.049 + 149 * GAP + 0.004) / 151)
     assert means("ridgeline", answer(role_s=0.001, finish_s=0.004))["ttft_s"] == pytest.approx(TTFT, abs=1e-6)
+
+
+def test_vllm_has_a_gap_of_nothing_where_the_role_chunk_came_with_the_first_token() -> None:
+    assert means("vllm", answer(role_s=TTFT))["itl_s"] == pytest.approx(149 * GAP / 150, rel=1e-5)
 
 
 def test_guidellms_tpot_has_the_first_token_and_its_means_weigh_by_tokens() -> None:
@@ -122,22 +126,19 @@ def _without_events(record: Record) -> Record:
     return record
 
 
-LATER = ("tls_s", "first_event_s", "last_event_s")
-
-
 def test_files_from_before_these_stamps_still_read(tmp_path: Path) -> None:
     payload = journal.encode(answer())[8:]
     length = int.from_bytes(payload[1:5], "little")
-    header = {k: v for k, v in orjson.loads(payload[5 : 5 + length]).items() if k not in LATER}
+    header = {k: v for k, v in orjson.loads(payload[5 : 5 + length]).items() if k not in store.LATER}
     older = orjson.dumps(header)
     back = journal.decode_record(b"R" + len(older).to_bytes(4, "little") + older + payload[5 + length :])
-    assert all(math.isnan(getattr(back, name)) for name in LATER) and back.end_s > 0
+    assert math.isnan(back.tls_s) and math.isnan(back.first_event_s) and back.choice_events is None and back.end_s > 0
 
     store.write_parquet(tmp_path / "new", table([answer()]))
-    pq.write_table(pq.read_table(tmp_path / "new").drop_columns(list(LATER)), tmp_path / "old")
+    pq.write_table(pq.read_table(tmp_path / "new").drop_columns(list(store.LATER)), tmp_path / "old")
     assert store.read_parquet(tmp_path / "new").first_event_s[0] == pytest.approx(TTFT)
     old = store.read_parquet(tmp_path / "old")
-    assert isinstance(old, Table) and all(math.isnan(getattr(old, name)[0]) for name in LATER)
+    assert isinstance(old, Table) and math.isnan(old.last_event_s[0]) and old.choice_events[0] == -1
 
 
 def test_a_stored_run_is_shown_under_each_tools_formulas(

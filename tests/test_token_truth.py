@@ -38,7 +38,12 @@ def codes(point: dict[str, Any]) -> dict[str, str]:
 @pytest.mark.parametrize("usage", ["end", "continuous"])
 def test_four_tokens_an_event_are_counted_as_four(usage: str, measured: Callable[..., Any]) -> None:
     point, t = measured(f"--tokens-per-event 4 --usage {usage}")
-    assert (point["errors"], point["output_tokens"], point["input_tokens"], point["token_source"]) == (0, TOKENS, 64, ["usage"])
+    assert (point["errors"], point["output_tokens"], point["input_tokens"], point["token_source"]) == (
+        0,
+        TOKENS,
+        64,
+        ["usage"],
+    )
     assert np.diff(t.start).tolist() == [11] * 4  # one token, then ten events of four
     assert point["tpot_ms"]["p50"] == pytest.approx(10, rel=0.02)
     assert point["chunk_gap_ms"]["p50"] == pytest.approx(40, rel=0.02)

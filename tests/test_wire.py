@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import shutil
 import socket
 import ssl
@@ -21,7 +20,7 @@ import uvloop
 
 from harness import dialects, store
 from harness.loadgen import Player, Senses, Timers
-from harness.records import NAN, Request, RidgelineError
+from harness.records import Request, RidgelineError
 from harness.wire import Exchange, Target, Wire, clock, connect
 
 Answer = Callable[[asyncio.StreamWriter, int], Awaitable[None]]
@@ -30,7 +29,11 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 def event(text: str, finish: str | None = None) -> bytes:
-    return b"data: " + json.dumps({"choices": [{"text": text, "finish_reason": finish}]}, ensure_ascii=False).encode() + b"\n\n"
+    return (
+        b"data: "
+        + json.dumps({"choices": [{"text": text, "finish_reason": finish}]}, ensure_ascii=False).encode()
+        + b"\n\n"
+    )
 
 
 STREAM = [event("a"), b": ping\n\n", event("ü"), event("c", "length"),
@@ -197,7 +200,9 @@ def test_a_connection_that_closed_while_idle_is_not_written_on() -> None:
     async def go() -> None:
         async with serving(answer) as (target, came):
             ended: list[Exchange] = []
-            player = Player(target, address_of(target), None, Timers(), lambda _: target.request_bytes("/x", b"{}"), ended.append)
+            player = Player(
+                target, address_of(target), None, Timers(), lambda _: target.request_bytes("/x", b"{}"), ended.append
+            )
             requests = [Request(0, "", 3, 0.0), Request(1, "", 3, 0.1)]
             senses = await player.play(iter(requests), 1)
             player.close()
@@ -351,7 +356,7 @@ def test_a_certificate_that_no_authority_of_ours_signed_is_refused(certificates:
     async def go() -> None:
         async with serving(say(WHOLE), server_side(certificates)) as (target, came):
             ours = ssl.create_default_context()
-            with pytest.raises(RidgelineError, match="CERTIFICATE_VERIFY_FAILED|certificate verify failed") as raised:
+            with pytest.raises(RidgelineError, match=r"CERTIFICATE_VERIFY_FAILED|certificate verify failed") as raised:
                 await ask(target, 1, ours)
             assert raised.value.code == 6 and not came
             ended: list[Exchange] = []
@@ -411,7 +416,9 @@ def test_the_command_speaks_tls_to_a_server_whose_authority_the_environment_name
 
 
 def test_proxies_of_the_environment_are_not_asked(simulated: Callable[..., str], ridgeline: Callable[..., Any], tmp_path: Path) -> None:  # fmt: skip
-    nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "ALL_PROXY")}
+    nowhere = dict.fromkeys(
+        ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9"
+    )
     done = ridgeline("run", "--url", simulated("--ttft-base", "5ms", "--itl-base", "1ms"), *RUN, "--out", "run",
                      env=nowhere | {"no_proxy": "", "NO_PROXY": ""})  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -431,7 +438,14 @@ def openai_transport(answer: Answer, count: int) -> tuple[list[Exchange], list[i
     async def go() -> tuple[list[Exchange], list[int]]:
         async with serving(answer) as (target, came):
             ended: list[Exchange] = []
-            player = OpenAIPlayer(target, address_of(target), None, Timers(), lambda _: target.request_bytes("/v1/completions", body), ended.append)
+            player = OpenAIPlayer(
+                target,
+                address_of(target),
+                None,
+                Timers(),
+                lambda _: target.request_bytes("/v1/completions", body),
+                ended.append,
+            )
             await player.play(iter([Request(i, "", 3) for i in range(count)]), 1)
             player.close()
             return ended, came
@@ -444,7 +458,9 @@ def test_the_openai_client_yields_the_same_tokens() -> None:
     assert came == [1, 1]
     for x in ended:
         said = meaning(x)
-        assert (said.error_class, said.output_tokens, said.input_tokens, len(said.arrivals_s)) == ("", 3, 7, 3), said.error
+        assert (said.error_class, said.output_tokens, said.input_tokens, len(said.arrivals_s)) == ("", 3, 7, 3), (
+            said.error
+        )
         assert said.finish_reason == "length" and x.sent_s < said.arrivals_s[0]
 
 
