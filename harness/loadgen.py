@@ -129,9 +129,14 @@ class Player:
             self.idle.remove(wire)
 
     def close(self) -> None:
-        for wire in [*self.idle, *self.busy]:
+        """Close all connections; what was still in flight is recorded as cancelled."""
+        self.stop()
+        for wire in list(self.busy):
+            wire.finish("cancelled", "the run was stopped")
+        for wire in self.idle:
             wire.close()
         self.idle.clear()
+        self._hand_over(everything=True)
 
     # -- playing
 

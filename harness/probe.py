@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness.background import give_way
 from harness.server import read_metrics
 
 PERIOD_S = 0.5
@@ -138,8 +139,7 @@ def _text(name: str | bytes) -> str:
 
 def main(url: str, path: str, here: bool = False) -> int:
     key = os.environ.get("RIDGELINE_KEY", "")
-    with contextlib.suppress(OSError):
-        os.nice(5)
+    give_way()
     server, gpus = Server(url, {"Authorization": f"Bearer {key}"} if key else {}), Gpus(here)
     about: dict[str, Any] = {"about_gpu": gpus.about}
     with open(path, "a", encoding="utf-8") as out:
@@ -148,6 +148,8 @@ def main(url: str, path: str, here: bool = False) -> int:
             values = server.read() | {"host": host()} | about | ({"gpu": found} if (found := gpus.read()) else {})
             out.write(json.dumps({"at_s": start_s, "took_s": time.perf_counter() - start_s} | values) + "\n")
             out.flush()
+            if about:
+                print("ready", flush=True)
             about = {}
             wait_s = max(0.0, PERIOD_S - (time.perf_counter() - start_s))
             if select.select([0], [], [], wait_s)[0] and not os.read(0, 4096):
@@ -155,7 +157,4 @@ def main(url: str, path: str, here: bool = False) -> int:
 
 
 if __name__ == "__main__":
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit(main(sys.argv[1], sys.argv[2], "--here" in sys.argv[3:]))

@@ -19,6 +19,7 @@ import numpy as np
 import orjson
 
 from harness import dialects, journal
+from harness.background import give_way
 from harness.records import NAN, Record, Request
 
 if TYPE_CHECKING:  # this process needs no event loop
@@ -107,15 +108,6 @@ def unpack(frame: memoryview, secret: str = "") -> bytes:
     return journal.encode(to_record(header, stamps_s, ends, bytes(frame[at + ends.itemsize * n :]), secret))
 
 
-def give_way() -> None:
-    """Let any other process go first, at once: even a low priority would keep the core for a slice of milliseconds when
-    the loop that stamps wakes up, and every stamp then would be as late."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    except (AttributeError, OSError):
-        os.nice(19)
-
-
 def main(path: str) -> int:
     secret = os.environ.get("RIDGELINE_KEY", "")
     os.set_blocking(0, True)
@@ -123,7 +115,9 @@ def main(path: str) -> int:
     out = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     if not os.fstat(out).st_size:
         os.write(out, journal.MAGIC)
-    pending, ready, records = bytearray(), bytearray(), 0
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    pending, ready = bytearray(), bytearray()
     flushed_s = synced_s = time.monotonic()
     while True:
         readable = select.select([0], [], [], FLUSH_S)[0]
@@ -133,7 +127,7 @@ def main(path: str) -> int:
         with memoryview(pending) as view:
             while at + 4 <= len(view) and (end := at + 4 + int.from_bytes(view[at : at + 4], "little")) <= len(view):
                 ready += unpack(view[at + 4 : end], secret)
-                at, records = end, records + 1
+                at = end
                 if time.monotonic() - flushed_s > FLUSH_S:
                     flushed_s = _flush(out, ready)
         del pending[:at]
@@ -146,7 +140,6 @@ def main(path: str) -> int:
         if readable and not data:
             break
     os.fsync(out)
-    sys.stdout.write(f"{records}\n")
     return 0
 
 
@@ -159,7 +152,4 @@ def _flush(out: int, ready: bytearray) -> float:
 
 
 if __name__ == "__main__":
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the load generator closes the pipe when it is done
     raise SystemExit(main(sys.argv[1]))

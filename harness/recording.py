@@ -28,11 +28,12 @@ class Recorder:
     async def start(cls, journal: Path, secret: str) -> Recorder:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "harness.recorder", str(journal), stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"RIDGELINE_KEY": secret},
-            start_new_session=True)  # fmt: skip
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"RIDGELINE_KEY": secret})  # fmt: skip
         with contextlib.suppress(OSError, AttributeError):
             pipe = process.stdin.transport.get_extra_info("pipe")  # type: ignore[union-attr]
             fcntl.fcntl(pipe.fileno(), F_SETPIPE_SZ, 2**20)
+        assert process.stdout is not None
+        await process.stdout.readline()  # a process that starts up would share the core with the first requests
         return cls(process)
 
     def room(self) -> bool:

@@ -248,7 +248,7 @@ async def _measure(session: Session, target: Target, engine: Any) -> None:
     limits = scenario.limits
     timers = Timers(limits.connect_s, limits.first_token_s, limits.idle_s, limits.total_s)
     session.recorder = await Recorder.start(session.folder / store.JOURNAL, target.key)
-    session.probe = _start_probe(session.folder, target, scenario.engine.same_machine)
+    session.probe = await _start_probe(session.folder, target, scenario.engine.same_machine)
     try:
         await _sweep(session, target, address, tls, timers, ask, prompts)
     finally:
@@ -377,13 +377,15 @@ def _machine_shares(before: Any) -> dict[str, float | None]:
     return {"machine_cpu_share": 1 - idle / total, "steal_share": steal / total}
 
 
-def _start_probe(folder: Path, target: Target, same_machine: bool | None) -> subprocess.Popen[bytes]:
-    here = same_machine if same_machine is not None else target.host in ("localhost", "::1") or target.host.startswith("127.")
-    key = target.key
-    return subprocess.Popen(
-        [sys.executable, "-m", "harness.probe", target.url, str(folder / store.SERVER), *(["--here"] if here else [])], stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"RIDGELINE_KEY": key},
-        start_new_session=True)  # fmt: skip
+async def _start_probe(folder: Path, target: Target, same_machine: bool | None) -> subprocess.Popen[bytes]:
+    near = target.host in ("localhost", "::1") or target.host.startswith("127.")
+    here = ["--here"] if (near if same_machine is None else same_machine) else []
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness.probe", target.url, str(folder / store.SERVER), *here], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"RIDGELINE_KEY": target.key})  # fmt: skip
+    assert process.stdout is not None
+    await asyncio.to_thread(process.stdout.readline)  # until its first sample is written: starting up costs the core
+    return process
 
 
 async def _sense(probe: subprocess.Popen[bytes] | None) -> None:

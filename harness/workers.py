@@ -145,7 +145,7 @@ class LocalHand:
     async def hire(cls, job: Job, key: str) -> LocalHand:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "harness.workers", stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=2**20,
-            env=os.environ | {"RIDGELINE_KEY": key}, start_new_session=True)  # fmt: skip
+            env=os.environ | {"RIDGELINE_KEY": key})  # fmt: skip
         hand = cls(process)
         await hand.ask(do="open", job=dataclasses.asdict(job))
         return hand
