@@ -192,7 +192,9 @@ def definitions(folder: Path | None, name: str, as_json: bool) -> str:
     found = _compared(folder, name)
     if not as_json:
         return tools.text(name, found["points"])
-    sides = [point | {side: summary.public_point(point[side]) for side in ("ours", "theirs")} for point in found["points"]]
+    sides = [
+        point | {side: summary.public_point(point[side]) for side in ("ours", "theirs")} for point in found["points"]
+    ]
     return json.dumps(store.clean(found | {"points": sides}), allow_nan=False)
 
 
@@ -249,10 +251,7 @@ def plan_text(scenario: Scenario) -> str:
     source = workload.trace or workload.prompts
     asked = f"prompts of {source}" if source else f"{said[0]} tokens in, {said[1]} out"
     asked += f", sessions of {workload.turns} turns" if workload.turns > 1 else ""
-    lines = [
-        f"{scenario.name}: {workload.mode}, {asked}, {trials}, "
-        f"engine {scenario.engine.kind}"
-    ]
+    lines = [f"{scenario.name}: {workload.mode}, {asked}, {trials}, engine {scenario.engine.kind}"]
     theory = scenario.theory.model_dump(by_alias=True)
     wants = theory["model_config"] and theory["hardware"] not in (None, "machine")
     inputs = theory_inputs(theory, {}, Progress()) if wants else None

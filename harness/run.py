@@ -343,7 +343,9 @@ async def _crew(session: Session, target: Target, timers: Timers, ask: Client) -
     if count == 1 and not wanted.ray:
         return None
     if workload.transport == "openai":
-        raise RidgelineError("client.workers: workload.transport openai plays in one process; leave workers and ray out")
+        raise RidgelineError(
+            "client.workers: workload.transport openai plays in one process; leave workers and ray out"
+        )
     if any(counts_of(workload, point)[1] is None for point in points_of(workload)):
         raise RidgelineError("client.workers: a plan without end cannot be dealt out; give workload.requests or waves")
     where = (target.scheme, target.host, target.port, target.prefix)

@@ -213,9 +213,13 @@ class Workload(Part):
     def _agree(self) -> Workload:
         timed = [key for key in ("rates", "rate_ramp", "rate_steps", "trace") if getattr(self, key)]
         if self.mode == "open" and not timed:
-            raise ValueError("rates: mode open needs at least one rate (requests per second), or rate_ramp, rate_steps or trace")
+            raise ValueError(
+                "rates: mode open needs at least one rate (requests per second), or rate_ramp, rate_steps or trace"
+            )
         if self.mode != "open" and timed:
-            raise ValueError(f"{timed[0]}: belongs to mode open; mode is {self.mode} (batch_sizes says how many at once)")
+            raise ValueError(
+                f"{timed[0]}: belongs to mode open; mode is {self.mode} (batch_sizes says how many at once)"
+            )
         if self.trace and len(timed) > 1:
             raise ValueError(f"{timed[0]}: a trace has its own times; leave {timed[0]} or trace out")
         given = [key for key in ("prompts", "trace") if getattr(self, key)] + ["turns"] * (self.turns > 1)

@@ -282,7 +282,9 @@ class Crew:
     async def hire(cls, n: int, ray: str | None, job: Job, key: str, note: Callable[[int, int], None]) -> Crew:
         """`n` workers, each with a journal of its own beside `job.journal`."""
         path = Path(job.journal)
-        jobs = [dataclasses.replace(job, journal=str(path.with_name(f"{path.stem}-{i}{path.suffix}"))) for i in range(n)]
+        jobs = [
+            dataclasses.replace(job, journal=str(path.with_name(f"{path.stem}-{i}{path.suffix}"))) for i in range(n)
+        ]
         if ray is None:
             return cls(await asyncio.gather(*(LocalHand.hire(one, key) for one in jobs)), note)
         actor = ray_actor(ray)
@@ -333,7 +335,9 @@ class Merged:
 
     def as_dict(self) -> dict[str, Any]:
         names = {name for one in self.senses for name in one}
-        worst = {name: max((s[name] for s in self.senses if s.get(name) is not None), default=None) for name in sorted(names)}
+        worst = {
+            name: max((s[name] for s in self.senses if s.get(name) is not None), default=None) for name in sorted(names)
+        }
         at_once = sum(s["max_in_flight"] for s in self.senses if s["started_s"] == self.started_s)
         return worst | {"started_s": self.started_s, "ended_s": self.ended_s,
                         "max_in_flight": max(at_once, worst.get("max_in_flight") or 0)}  # fmt: skip
@@ -355,7 +359,10 @@ def deal(requests: Sequence[Request], slots: int, n: int) -> list[dict[str, Any]
             turn += 1
         whose[request.id] = hand
         hands[hand].append(request)
-    return [{"slots": share, "requests": [dataclasses.asdict(r) for r in mine]} for share, mine in zip(shares, hands, strict=True)]
+    return [
+        {"slots": share, "requests": [dataclasses.asdict(r) for r in mine]}
+        for share, mine in zip(shares, hands, strict=True)
+    ]
 
 
 if __name__ == "__main__":

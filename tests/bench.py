@@ -90,7 +90,9 @@ def aiperf(url: str, n: int, folder: str) -> tuple[list[str], Callable[[str], Fi
     def read(out: str) -> Figures:
         said = json.loads(next(Path(folder).rglob("profile_export_aiperf.json")).read_text())
         pick = {"ttft": said["time_to_first_token"], "itl": said["inter_token_latency"]}
-        return {f"{k}_{q}_s": v["avg" if q == "mean" else q] / 1e3 for k, v in pick.items() for q in ("mean", "p50", "p99")}
+        return {
+            f"{k}_{q}_s": v["avg" if q == "mean" else q] / 1e3 for k, v in pick.items() for q in ("mean", "p50", "p99")
+        }
 
     return command, read
 
@@ -118,7 +120,11 @@ def main() -> None:
     streams = [int(n) for n in parser.parse_args().streams.split(",")]
     client_cores, server_cores = selftest.split_cores()
     columns = [f"{m} {q}" for m in ("TTFT", "ITL") for q in ("mean", "p50", "p99")]
-    print(f"{'client':>16} {'streams':>7} {'tokens':>8} " + " ".join(f"{c:>10}" for c in columns) + "  us CPU/token   MB peak")
+    print(
+        f"{'client':>16} {'streams':>7} {'tokens':>8} "
+        + " ".join(f"{c:>10}" for c in columns)
+        + "  us CPU/token   MB peak"
+    )
     print(" " * 34 + "error in ms: what the client reports minus what the server really sent")
     for n in streams:
         for name, (binary, build) in CLIENTS.items():
@@ -134,7 +140,9 @@ def main() -> None:
                     continue
             tokens = 4 * n * selftest.TOKENS
             errors = " ".join(f"{(said[k] - true[k]) * 1e3:>+10.3f}" for k in true)
-            print(f"{name:>16} {n:>7} {tokens:>8} {errors}  {cpu_s / tokens * 1e6:>12.1f} {peak / 1e6:>9.0f}", flush=True)
+            print(
+                f"{name:>16} {n:>7} {tokens:>8} {errors}  {cpu_s / tokens * 1e6:>12.1f} {peak / 1e6:>9.0f}", flush=True
+            )
 
 
 if __name__ == "__main__":

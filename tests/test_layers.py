@@ -8,9 +8,28 @@ from pathlib import Path
 import pytest
 
 HARNESS = Path(__file__).parent.parent / "harness"
-PURE = ["records", "units", "scenario", "arrivals", "lengths", "prompts", "dialects", "metrics", "stats", "checks", "summary", "journal", "server", "definitions"]
+PURE = [
+    "records",
+    "units",
+    "scenario",
+    "arrivals",
+    "lengths",
+    "prompts",
+    "dialects",
+    "metrics",
+    "stats",
+    "checks",
+    "summary",
+    "journal",
+    "server",
+    "definitions",
+]
 FORBIDDEN = {"asyncio", "socket", "subprocess", "os", "aiohttp", "uvloop", "time", "signal", "threading", "httptools"}
-FILES = [HARNESS / f"{name}.py" for name in PURE] + sorted((HARNESS / "theory").glob("*.py")) + sorted((HARNESS / "report").glob("*.py"))
+FILES = (
+    [HARNESS / f"{name}.py" for name in PURE]
+    + sorted((HARNESS / "theory").glob("*.py"))
+    + sorted((HARNESS / "report").glob("*.py"))
+)
 
 
 def imports(path: Path) -> set[str]:

@@ -138,7 +138,7 @@ def test_a_client_sees_the_first_token_when_the_law_says(quick: Simulated) -> No
                 got += link.recv(65536)
             seen.append(time.perf_counter() - sent_s)
     # The least delayed of them: a shared machine can only add.
-    assert 0.005 <= min(seen) < 0.006
+    assert 0.004 <= min(seen) < 0.006  # the send itself lies before our stamp and after theirs
 
 
 def test_lateness_does_not_add_up(quick: Simulated) -> None:

@@ -59,7 +59,9 @@ def test_prompts_are_exact_and_no_prefix_cache_helps_on_a_vllm_of_somebody_else(
 
     async def body() -> tuple[int, bytes, bytes]:
         args = ("--load-format", "dummy", "--enforce-eager", "--enable-prefix-caching")
-        spec = EngineSpec("vllm", model=str(model), python=str(VLLM), context_tokens=768, ready_timeout_s=400, args=args)
+        spec = EngineSpec(
+            "vllm", model=str(model), python=str(VLLM), context_tokens=768, ready_timeout_s=400, args=args
+        )
         async with launched(spec, tmp_path, lambda text: None) as engine:
             run = [sys.executable, "-m", "harness", "run", "--url", engine.url, "--batch-sizes", "1,4", "--waves", "2",
                    "--output-tokens", "24", "--no-report", "--json", "--out", str(tmp_path / "run")]  # fmt: skip

@@ -23,7 +23,9 @@ SHAPES = {
 
 
 def played(ridgeline: Callable[..., Any], url: str, *more: str) -> dict[str, Any]:
-    done = ridgeline("run", "--url", url, "--output-tokens", "12", "--input-tokens", "64", "--no-report", "--json", *more)
+    done = ridgeline(
+        "run", "--url", url, "--output-tokens", "12", "--input-tokens", "64", "--no-report", "--json", *more
+    )
     assert done.returncode == 0, done.stderr
     return one_object(done.stdout)
 
