@@ -118,7 +118,7 @@ class OpenAIPlayer(Player):
 
 def _no_limits() -> Any:
     """The pool bounds nothing: the load generator says how many are in flight."""
-    from openai import _base_client
+    import openai
 
-    kind = type(_base_client.DEFAULT_CONNECTION_LIMITS)
+    kind = type(openai.DEFAULT_CONNECTION_LIMITS)
     return kind(max_connections=None, max_keepalive_connections=None)
