@@ -91,6 +91,7 @@ async def _never(text: str) -> int:
 
 
 POOL = 1024  # prompts that are fitted one by one; beyond, a fitted text gets another head of as many tokens
+ASKED_POOL = 64  # the same where each count is a request to the server
 AT_ONCE = 32
 ALL_HEADS = range(len(prompts.HEADS) ** prompts.HEAD_WORDS)
 
@@ -150,8 +151,11 @@ async def build(counter: Counter, ask: Ask, asks: Asks, n: int, seed: int, say: 
     source, detail, offset, said = counter.source, counter.detail, 0, None
     if source == "usage":
         fitter.count, fitter.at_once, detail = _asking(ask), 4, "bisection on the server's usage"
-        if await ask(prompts.text(fitter.before(0, typical), 0, 1), 1) is None:
+        short, long = [await ask(prompts.text(fitter.before(0, typical), 0, words), 1) for words in (1, 40)]
+        if short is None or long is None:
             source, detail = "none", "no tokenizer, and the server sends no usage"
+        elif long <= short:
+            source, detail = "none", f"no tokenizer, and the server's usage says {long} tokens of any prompt"
         said = typical
     else:
         for _ in range(3):
@@ -159,14 +163,17 @@ async def build(counter: Counter, ask: Ask, asks: Asks, n: int, seed: int, say: 
             if said is None or said == typical:
                 break
             offset += said - typical
+        else:
+            offset = 0  # its usage does not follow the prompt by a constant: the tokenizer's count stands
     fitter.offset = offset
     roots = fitter.roots
     rows = [0] if same else list(range(len(asks)))
     text_of: list[int] = []
-    if not same and (source in ("usage", "none") or not asks.alike or n > len(asks)):
+    many = source in ("usage", "none") or len(asks) > (ASKED_POOL if source == "server" else POOL)
+    if not same and (many or not asks.alike or n > len(asks)):
         if source != "none":
             fitter.heads = await _even(fitter, n)
-        if source in ("usage", "none") or len(asks) > POOL:
+        if many:
             rows, text_of = _by_length(asks)
     await fitter.measure_shared()
     texts = [fitter.guessed(row) for row in rows] if source == "none" else await fitter.all(rows, say)

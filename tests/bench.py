@@ -1,8 +1,8 @@
 """What the instrument costs and how true it is, beside its peers: `make bench`.
 
 One table: streams, tokens/s, error of TTFT and ITL (reported minus really sent, by the simulator's log), CPU per token of
-the whole process, start-up included, and memory.  The server is kept to one core, each client to another.  Peers (vllm
-bench serve, guidellm, aiperf) are measured where `make bench-peers` installed them; without them the table is ours alone.
+the whole process, start-up included, and memory.  The server is kept to one core, each client to another.  Peers are
+measured where they are installed (guidellm and aiperf by `make peers`, vllm bench serve by `make vllm`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from harness import selftest
 
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / ".venv-peers" / "bin"
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 TOKENIZER = ROOT / ".models" / "llama-134m"
 Figures = dict[str, float]  # ttft_mean_s, ttft_p50_s, ttft_p99_s, itl_mean_s, itl_p50_s, itl_p99_s, as reported
 
@@ -54,7 +55,7 @@ def ours(url: str, n: int, folder: str) -> tuple[list[str], Callable[[str], Figu
 
 def vllm(url: str, n: int, folder: str) -> tuple[list[str], Callable[[str], Figures]]:
     result = Path(folder) / "vllm.json"
-    command = [str(PEERS / "vllm"), "bench", "serve", "--base-url", url, "--model", "simulated", "--tokenizer", str(TOKENIZER),
+    command = [str(VLLM), "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--base-url", url, "--model", "simulated", "--tokenizer", str(TOKENIZER),
                "--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "150", "--ignore-eos",
                "--num-prompts", str(4 * n), "--max-concurrency", str(n), "--save-result", "--result-filename", str(result),
                "--percentile-metrics", "ttft,itl", "--metric-percentiles", "50,99", "--disable-tqdm"]  # fmt: skip
@@ -97,11 +98,11 @@ def aiperf(url: str, n: int, folder: str) -> tuple[list[str], Callable[[str], Fi
     return command, read
 
 
-CLIENTS: dict[str, tuple[str, Any]] = {
-    "ridgeline": ("", ours),
-    "vllm bench serve": ("vllm", vllm),
-    "guidellm": ("guidellm", guidellm),
-    "aiperf": ("aiperf", aiperf),
+CLIENTS: dict[str, tuple[Path, Any]] = {
+    "ridgeline": (Path(sys.executable), ours),
+    "vllm bench serve": (VLLM, vllm),
+    "guidellm": (PEERS / "guidellm", guidellm),
+    "aiperf": (PEERS / "aiperf", aiperf),
 }
 
 
@@ -128,7 +129,7 @@ def main() -> None:
     print(" " * 34 + "error in ms: what the client reports minus what the server really sent")
     for n in streams:
         for name, (binary, build) in CLIENTS.items():
-            if binary and not (PEERS / binary).exists():
+            if not binary.exists():
                 continue
             with tempfile.TemporaryDirectory() as folder, selftest.simulator(server_cores) as url:
                 command, read = build(url, n, folder)

@@ -73,6 +73,37 @@ def test_without_usage_and_tokenizer_the_length_is_not_claimed() -> None:
     assert (built.source, built.proven) == ("none", False)
 
 
+@pytest.mark.parametrize("source", ["usage", "tokenizer", "server"])
+def test_a_usage_that_follows_no_prompt_stops_nothing_and_proves_nothing(source: str) -> None:
+    async def ask(text: str, n: int) -> int:
+        return 7
+
+    built = asyncio.run(tokens.build(tokens.Counter(source, by_words), ask, of_length(5, 350), 5, 1, lambda n: None))
+    assert not built.proven and built.offset == 0
+    if source != "usage":
+        assert {asyncio.run(by_words(built.at(i))) for i in range(5)} == {350}
+
+
+def test_a_server_that_counts_is_not_asked_for_every_prompt_of_a_long_run() -> None:
+    asked = 0
+
+    async def count(text: str) -> int:
+        nonlocal asked
+        asked += 1
+        return await by_words(text)
+
+    built = asyncio.run(
+        tokens.build(tokens.Counter("server", count), by_words_of, of_length(2000, 350), 2000, 1, lambda n: None)
+    )
+    texts = {built.at(i) for i in range(2000)}
+    assert asked < 400 and len(texts) == 2000
+    assert {asyncio.run(by_words(text)) for text in texts} == {350}
+
+
+async def by_words_of(text: str, n: int) -> int:
+    return await by_words(text)
+
+
 def made(**values: object) -> scenario.Workload:
     return scenario.Workload.model_validate(values)
 
