@@ -42,8 +42,8 @@ vllm: vllm-engine  ## the same with vLLM's CPU build; writes reports/vllm-cpu.ht
 test: .venv/.stamp-dev llama  ## the tests, llama.cpp's engine among them
 	$(BIN)/python -m pytest -m 'not full and not vllm'
 
-test-full: .venv/.stamp-dev llama  ## the long ones too
-	$(BIN)/python -m pytest -m 'not vllm'
+test-full: .venv/.stamp-dev llama  ## the long property tests
+	$(BIN)/python -m pytest -m full
 
 test-vllm: .venv/.stamp-dev vllm-engine  ## those that drive a real vLLM
 	$(BIN)/python -m pytest -m vllm

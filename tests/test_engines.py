@@ -491,6 +491,7 @@ def test_builds_of_torch_are_told_apart(version: str, needs: list[str], foreign:
     assert setup_engine.wrong_build(version, needs) == foreign
 
 
+@pytest.mark.full
 def test_a_second_set_up_reuses_the_first(tmp_path: Path) -> None:
     recipe = setup_engine.Recipe("unused", (), "import json")
     assert setup_engine.make(recipe, tmp_path / "venv")

@@ -95,6 +95,7 @@ def test_a_stored_row_comes_with_its_age(tmp_path: Path) -> None:
     assert row["flops"] == {"fp32": 9e99} and row["notes"] == "n; measured 2 hours before it was used"
 
 
+@pytest.mark.full
 def test_a_disturbed_row_is_measured_again_and_the_better_rate_counts(tmp_path: Path) -> None:
     put(tmp_path, measured_at_s=time.time(), others_share=0.5)
     row, said = call(tmp_path, ROW)

@@ -124,6 +124,7 @@ def test_the_data_does_not_grow_past_its_budget() -> None:
     assert len(page.encode()) < 2_000_000
 
 
+@pytest.mark.full
 def test_a_flood_of_text_is_cut() -> None:
     def flood(summary: dict[str, Any]) -> None:
         long = "x" * 1_000_000
