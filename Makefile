@@ -7,7 +7,7 @@ BIN := .venv/bin
 export TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help install llama quickstart vllm vllm-engine test test-full test-vllm lint bench peers clean
+.PHONY: help install llama quickstart vllm vllm-engine test test-full test-vllm lint bench clean
 
 help:  ## these targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,12 +53,9 @@ lint: .venv/.stamp-dev  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## how true the client is and what it costs, beside peers where `make peers` installed them
+bench: install  ## how true the client is and what it costs, beside vllm bench serve if `make vllm` was run
 	$(BIN)/python -m tests.bench
 
-peers: install  ## guidellm and aiperf, for `make bench`
-	@$(BIN)/python -m harness.setup_engine peers
-
 clean:  ## remove environments, models and caches; results and reports stay
-	rm -rf .venv .venv-llama .venv-vllm .venv-peers .models build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-llama .venv-vllm .models build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find harness tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Makes an environment that holds one engine: `python -m harness.setup_engine llama|vllm|peers [--folder DIR]`.
+"""Makes an environment that holds one engine: `python -m harness.setup_engine llama|vllm [--folder DIR]`.
 
 The engine never shares the client's environment.  A second call finds the stamp of the first and does nothing.
 Standard library only, but for our own error; packages come from wherever pip is configured to look.
@@ -50,13 +50,6 @@ RECIPES = {
             ("uninstall", "-y", "torchvision", "torchaudio", "torchcodec", "triton"),
         ),
         "import torch, vllm; assert torch.version.cuda is None",
-        torch="torch==2.13.0",
-    ),
-    # Load generators that `make bench` measures beside ours; torch first, or guidellm brings its GPU build.
-    "peers": Recipe(
-        ".venv-peers",
-        (("install", "torch==2.13.0"), ("install", "guidellm==0.8.1", "aiperf==0.13.0")),
-        "import guidellm, aiperf",
         torch="torch==2.13.0",
     ),
 }
