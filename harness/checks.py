@@ -24,7 +24,7 @@ WAIT_PER_RUN, WAIT_LEAST = 0.8, 0.01
 DISAGREE, DISAGREE_S = 0.20, 0.002
 GC_S, GAP_S, CLOCK_STEP_S = 0.020, 1.0, 0.5
 LATE_S = 0.005
-BURST_SHARE, BURST_SPAN = 0.9, 0.05  # of the tokens, within this share of the request's whole time
+BURST_SPAN = 0.05  # nine tenths of the tokens within this share of the request's whole time
 DRIFT = 0.10
 
 

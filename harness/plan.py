@@ -156,7 +156,7 @@ def due_s(workload: Workload, point: Point, trial: int, n: int) -> Floats | None
     return ARRIVALS[workload.arrivals](rng, point.rate, n, workload.burstiness)
 
 
-def trial_requests(workload: Workload, point: Point, trial: int, first: int, prompts: tokens.Prompts,
+def trial_requests(workload: Workload, point: Point, trial: int, prompts: tokens.Prompts,
                    numbers: Iterator[int]) -> Iterator[Request]:  # fmt: skip
     """The requests of one trial in the order of sending.  `numbers` hands out ids that are unique in the run."""
     warm, measured = counts_of(workload, point)

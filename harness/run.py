@@ -309,7 +309,7 @@ async def _sweep(session: Session, target: Target, address: tuple[Any, ...], tls
             warm, measured = counts_of(workload, point)
             label = point.label + (f", trial {trial + 1}" if workload.trials > 1 or workload.precision else "")
             session.now.update(done=0, errors=0, total=warm + measured if measured else None, label=label)
-            requests = trial_requests(workload, point, trial, 0, prompts, numbers)
+            requests = trial_requests(workload, point, trial, prompts, numbers)
             slots = point.batch_size or workload.max_in_flight
             ahead = 0 if measured and measured <= 4096 else max(256, 2 * slots)
             session.recorder.event(event="trial_start", point=point.index, trial=trial, at_s=clock())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -17,30 +16,22 @@ from harness.records import RidgelineError
 MAX_BYTES = 1_000_000
 
 
-def _seconds(value: Any) -> Any:
-    """A time may be written as "500ms" or "2 min"."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return units.parse(value, "time")
-    except RidgelineError as problem:
-        raise ValueError(str(problem)) from None
+def _written(kind: str) -> BeforeValidator:
+    """A quantity may be written with its unit: "500ms", "2 min", "2%"."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return units.parse(value, kind)
+        except RidgelineError as problem:
+            raise ValueError(str(problem)) from None
+
+    return BeforeValidator(read)
 
 
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_seconds)]
-
-
-def _fraction(value: Any) -> Any:
-    """A share may be written as "2%"."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return units.parse(value, "fraction")
-    except RidgelineError as problem:
-        raise ValueError(str(problem)) from None
-
-
-Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), BeforeValidator(_fraction)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), _written("time")]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), _written("fraction")]
 Count = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Tokens = Annotated[int, Field(ge=1, le=10_000_000, strict=True)]
 
@@ -185,7 +176,7 @@ class Workload(Part):
     turns: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
     """Requests in a session (closed, open): each holds the whole one before it, a canned answer of the asked length, so that
     every run sends the same bytes, and input_tokens more.  A rate is then of sessions."""
-    think_time_s: Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_seconds)] = 0.0
+    think_time_s: Annotated[float, Field(ge=0, allow_inf_nan=False), _written("time")] = 0.0
     """From the end of a turn to the next turn of its session; another session may take its slot meanwhile."""
     waves: Count | None = None
     """Waves per trial (wave); default 3."""
@@ -434,10 +425,6 @@ def dump(scenario: Scenario) -> str:
     """The scenario as YAML with all that was set, for the run folder."""
     values = scenario.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def default_name(path: str) -> str:
-    return PurePath(path).stem
 
 
 assert set(Workload.model_fields["arrivals"].annotation.__args__) == set(ARRIVALS)  # type: ignore[union-attr]

@@ -213,7 +213,3 @@ def read_parquet(path: Path) -> Table:
         return table([])
     return Table(**columns, chunk_s=lists.flatten().to_numpy(zero_copy_only=False), start=lists.offsets.to_numpy().astype(np.int64),
                  chunk_tokens=tokens.flatten().to_numpy(zero_copy_only=False))  # fmt: skip
-
-
-def records_of(path: Path) -> list[Record]:
-    return list(journal.read(path.read_bytes(), journal.Reading()))

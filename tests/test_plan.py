@@ -110,7 +110,7 @@ def made(**values: object) -> scenario.Workload:
 
 def plan(work: scenario.Workload, trial: int = 0) -> list[Request]:
     pool = tokens.Prompts([f"p{i}" for i in range(tokens.POOL)], "tokenizer", "", 0, True)
-    return list(planning.trial_requests(work, planning.points_of(work)[0], trial, 0, pool, itertools.count()))
+    return list(planning.trial_requests(work, planning.points_of(work)[0], trial, pool, itertools.count()))
 
 
 def test_a_wave_plan_is_whole_waves_with_the_warm_up_first() -> None:

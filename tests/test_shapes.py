@@ -108,7 +108,7 @@ def planned(work: Workload, trial: int = 0) -> list[Request]:
     pool = tokens.Prompts(
         texts or [f"p{i}" for i in range(len(asks))], "given" if texts else "tokenizer", "", 0, True, asks=asks
     )
-    return list(plan.trial_requests(work, plan.points_of(work)[0], trial, 0, pool, itertools.count()))
+    return list(plan.trial_requests(work, plan.points_of(work)[0], trial, pool, itertools.count()))
 
 
 SHAPES: dict[str, dict[str, object]] = {
