@@ -8,12 +8,14 @@ a final `data: [DONE]` without its blank line is accepted.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import orjson
+
+from harness.records import Floats
 
 APIS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 LEGAL_FINISH = frozenset(
@@ -42,13 +44,8 @@ def encode(api: str, model: str, prompt: str, output_tokens: int, no_stop: Seque
     return APIS[api], orjson.dumps(body)
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One dispatched event: its data, its type, and the offset of the byte that completed it."""
-
-    data: bytes
-    end: int
-    kind: bytes = b""
+# One dispatched event: its data, the offset of the byte that completed it, its type.  A plain tuple: there are many.
+Event = tuple[bytes, int, bytes]
 
 
 _LINE = re.compile(rb"\r\n|\r|\n")
@@ -65,11 +62,11 @@ def events(body: bytes) -> list[Event]:
     for block in blocks[:-1]:
         at += len(block) + 2
         if block.startswith(b"data: ") and b"\n" not in block:  # the shape of nearly every event
-            found.append(Event(block[6:], at))
+            found.append((block[6:], at, b""))
         elif event := _event(block.split(b"\n"), at):
             found.append(event)
     if blocks[-1].strip() in (b"data: [DONE]", b"data:[DONE]"):
-        found.append(Event(b"[DONE]", len(body)))
+        found.append((b"[DONE]", len(body), b""))
     return found
 
 
@@ -88,7 +85,7 @@ def _events_by_line(body: bytes, start: int) -> list[Event]:
             found.append(event)
         lines = []
     if body[at:].strip() in (b"data: [DONE]", b"data:[DONE]") and not lines:
-        found.append(Event(b"[DONE]", len(body)))
+        found.append((b"[DONE]", len(body), b""))
     return found
 
 
@@ -104,7 +101,7 @@ def _event(lines: Sequence[bytes], end: int) -> Event | None:
             kind = value
         elif name == b"error":  # llama.cpp before 2025 sent its errors as a field of this name
             data, kind = [value], b"error"
-    return Event(b"\n".join(data), end, kind) if data else None
+    return (b"\n".join(data), end, kind) if data else None
 
 
 @dataclass(slots=True)
@@ -112,7 +109,7 @@ class Answer:
     """What one response said.  `arrivals_s` are the stamps of events with generated text (as given: seconds);
     `first_event_s` and `last_event_s` those of the first and the last event with a choice, whatever it held."""
 
-    arrivals_s: list[float] = field(default_factory=list)
+    arrivals_s: Floats = field(default_factory=lambda: np.empty(0))
     arrival_tokens: list[int] = field(default_factory=list)
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -166,21 +163,61 @@ def interpret(body: bytes, stamps_s: Sequence[float], ends: Sequence[int], statu
     return answer
 
 
+class _Alike:
+    """Events that differ from a fully read one only in the text of their choice, which need no JSON parser.
+
+    Servers send hundreds of events of one shape.  One whose text is a plain JSON string between the same bytes says
+    the same of everything else: one more piece of text, no error, no usage, no end.
+    """
+
+    def __init__(self) -> None:
+        self.before, self.after = b"no event begins with this", b""
+        self.text_at = self.missed = 0
+
+    def __call__(self, data: bytes) -> bool:
+        if not data.startswith(self.before) or not data.endswith(self.after):
+            return False
+        return bool(_PLAIN(data, self.text_at, len(data) - len(self.after)))
+
+    def learn(self, data: bytes, text: str) -> None:
+        """`data` holds one choice with `text` and tells nothing else that is counted."""
+        if self.missed > 8:  # each event differs in more than its text: leave it
+            return
+        self.missed += 1
+        found = list(_TEXT_KEYS.finditer(data))
+        said = orjson.dumps(text)[1:] if text.isascii() else b""
+        if len(found) == 1 and said and data.startswith(said, found[0].end()):
+            self.text_at = found[0].end()
+            self.before, self.after = data[: self.text_at], data[self.text_at + len(said) - 1 :]
+
+
+_PLAIN = re.compile(rb"[ !#-\[\]-~]+").fullmatch  # a JSON string without escapes, quotes and bytes beyond ASCII
+_TEXT_KEYS = re.compile(rb'"(?:text|content|reasoning_content|reasoning)": ?"')
+
+
 def _read_stream(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: Sequence[int]) -> None:
     said = 0  # completion tokens by usage so far, where the server tells continuously
-    for event in events(body):
+    alike = _Alike()
+    choice_ends: list[int] = []  # of events with a choice
+    text_at: list[int] = []  # which of those held text
+    for data, end, kind in events(body):
         answer.events += 1
-        if event.data == b"[DONE]":
+        if not kind and alike(data):
+            text_at.append(len(choice_ends))
+            choice_ends.append(end)
+            answer.arrival_tokens.append(1)
+            continue
+        if data == b"[DONE]":
             answer.done = True
             break
         try:
-            message = orjson.loads(event.data)
+            message = orjson.loads(data)
         except orjson.JSONDecodeError:
-            _fail(answer, "encoding", "an event is no JSON: " + event.data[:200].decode("utf-8", "replace"))
+            _fail(answer, "encoding", "an event is no JSON: " + data[:200].decode("utf-8", "replace"))
             continue
         if not isinstance(message, dict):
             continue
-        if problem := _in_band_error(message, event.kind):
+        if problem := _in_band_error(message, kind):
             _fail(answer, "server_error_in_band", problem)
             continue
         before = said
@@ -191,15 +228,29 @@ def _read_stream(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: S
             continue
         if choice.get("finish_reason"):
             answer.finish_reason = str(choice["finish_reason"])
-        answer.choice_events += 1
-        answer.last_event_s = stamps_s[min(bisect_left(ends, event.end), len(stamps_s) - 1)]
-        if answer.first_event_s != answer.first_event_s:
-            answer.first_event_s = answer.last_event_s
-        if text_of(choice):
-            answer.arrivals_s.append(answer.last_event_s)
+        if text := text_of(choice):
             ids = choice.get("token_ids")
             tokens = len(ids) if isinstance(ids, list) and ids else said - before if said > before > 0 else 1
+            text_at.append(len(choice_ends))
             answer.arrival_tokens.append(tokens)
+            if tokens == 1 and not choice.get("finish_reason") and not message.get("usage") and not ids:
+                alike.learn(data, text)
+        choice_ends.append(end)
+    _stamp(answer, choice_ends, text_at, stamps_s, ends)
+
+
+def _stamp(
+    answer: Answer, choice_ends: Sequence[int], text_at: Sequence[int], stamps_s: Sequence[float], ends: Sequence[int]
+) -> None:
+    """An event arrived with the read that completed it."""
+    answer.choice_events = len(choice_ends)
+    if not choice_ends:
+        return
+    stamps = np.asarray(stamps_s, np.float64)
+    reads = np.minimum(np.searchsorted(np.asarray(ends, np.int64), np.asarray(choice_ends)), len(stamps) - 1)
+    arrived_s = stamps[reads]
+    answer.first_event_s, answer.last_event_s = float(arrived_s[0]), float(arrived_s[-1])
+    answer.arrivals_s = arrived_s[text_at] if text_at else arrived_s[:0]
 
 
 def _read_unary(answer: Answer, body: bytes) -> None:
@@ -235,7 +286,7 @@ def _take_usage(answer: Answer, message: Mapping[str, Any], said: int) -> int:
 
 
 def _count(answer: Answer) -> None:
-    if answer.output_tokens is None and answer.arrivals_s:
+    if answer.output_tokens is None and answer.arrival_tokens:
         answer.output_tokens, answer.token_source = sum(answer.arrival_tokens), "chunks"
 
 
@@ -251,10 +302,10 @@ def _classify(answer: Answer, body: bytes, ending: str, asked: int, note: str) -
             _fail(answer, "aborted_by_server", f"finish_reason is {answer.finish_reason!r}")
         elif not answer.finish_reason and not answer.done:
             _fail(answer, "truncated", "the stream ended with neither a finish_reason nor [DONE]")
-        elif not answer.output_tokens and not answer.arrivals_s:
+        elif not answer.output_tokens and not answer.arrival_tokens:
             _fail(answer, "empty_output", "the answer holds no token")
-        elif len(answer.arrivals_s) > RUNAWAY * asked:
-            _fail(answer, "runaway", f"{len(answer.arrivals_s)} events with text for {asked} tokens asked")
+        elif len(answer.arrival_tokens) > RUNAWAY * asked:
+            _fail(answer, "runaway", f"{len(answer.arrival_tokens)} events with text for {asked} tokens asked")
     elif ending == "eof":
         _fail(answer, "truncated", note or "the connection ended inside the answer", force=True)
     else:

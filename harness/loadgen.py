@@ -19,7 +19,7 @@ from typing import Any
 
 from harness.records import NAN, Request, RidgelineError
 from harness.senses import Watch
-from harness.wire import Exchange, Target, Wire, clock, connect
+from harness.wire import QUIET_S, Exchange, Target, Wire, clock, connect
 
 CONNECT_AT_ONCE = 64  # a storm of connections would be refused, and measured
 TICK_S = 0.02  # how often the loop's own lag is looked at
@@ -324,10 +324,7 @@ class Player:
         for _ in range(len(self.ended) if everything else 1 + len(self.ended) // HAND_OVER_SHARE):
             if not self.ended:
                 return
-            exchange = self.ended.popleft()
-            exchange.body = b"".join(exchange.chunks)
-            exchange.chunks = []
-            self.sink(exchange)
+            self.sink(self.ended.popleft())
         if self.ended:
             asyncio.get_running_loop().call_later(HAND_OVER_S, self._hand_over)
 
@@ -344,13 +341,15 @@ class Player:
                 continue
             for wire, exchange in list(self.busy.items()):
                 age = now - exchange.sent_s
-                last = exchange.stamps_s[-1] if exchange.stamps_s else NAN
+                last = exchange.stamps_s[-1] if exchange.begun else NAN
                 if age > timers.total_s:
                     wire.finish("timeout_total", f"not over after {timers.total_s:g} s")
-                elif not exchange.stamps_s and age > timers.first_token_s:
+                elif not exchange.begun and age > timers.first_token_s:
                     wire.finish("timeout_ttft", f"nothing came within {timers.first_token_s:g} s")
                 elif now - last > timers.idle_s:
                     wire.finish("timeout_idle", f"silent for {timers.idle_s:g} s")
+                elif now - last > QUIET_S:
+                    wire.look(exchange)
 
 
 def _cpu_s() -> float:

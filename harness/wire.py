@@ -1,13 +1,15 @@
 """The measured hot path: one connection, one request in flight, a timestamp for each socket read, parsing after the fact.
 
-Between reads only byte work is done: HTTP framing in C (httptools), append, count event ends, compare the tail with
-[DONE], bound the length.  What the bytes mean is found out by the recorder, in another process.
+Between reads only byte work is done: append, compare the tail with the last chunk of a message, bound the length.  The
+HTTP parser (httptools) sees the head, and then the rest at once when the message may be over.  What the bytes mean is
+found out by the recorder, in another process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import ssl
 import time
@@ -26,8 +28,11 @@ clock = time.perf_counter  # CLOCK_MONOTONIC on Linux: shared by all processes o
 EVENT_BYTES = 16 * 2**20  # one event longer than this is not an answer
 RUNAWAY_EVENTS = 4  # events per token asked
 ERROR_BYTES = 64 * 1024  # this much of an error's body is kept
+EVENT_LEAST_BYTES = 8  # no event is shorter: so many bytes at least lie between looks at how many events came
+LAST_CHUNK = b"0\r\n\r\n"  # how a chunked message without trailers ends (RFC 9112, 7.1); text may look like it
 MARKERS = (b"data: [DONE]", b"data:[DONE]")  # how a stream ends
-LINGER_S = 0.05  # after [DONE] the end of the HTTP message is awaited so long, then the connection is dropped
+_SEAM = re.compile(rb"\r\n[0-9a-fA-F]+\r\n")  # between two chunks
+QUIET_S = 0.05  # after a read, the end of the message is awaited so long before what came is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +93,26 @@ def parse_url(url: str, key: str = "") -> Target:
 
 
 class Exchange:
-    """One request and all that came back, as bytes with stamps."""
+    """One request and all that came back, as bytes with stamps.
+
+    `reads` are as the socket gave them, head and framing included (`http`), or bodies that a library unframed.
+    """
 
     __slots__ = (
-        "body",
-        "chunks",
         "connect_s",
+        "counted",
         "end_s",
         "ending",
-        "ends",
         "events",
+        "head_reads",
+        "http",
         "keep_alive",
+        "look_at",
         "max_events",
         "note",
+        "parsed",
         "payload",
+        "reads",
         "resent",
         "sent_s",
         "since_event",
@@ -116,15 +127,20 @@ class Exchange:
         self.tag = tag
         self.payload = payload
         self.max_events = RUNAWAY_EVENTS * output_tokens + 100
-        self.chunks: list[bytes] = []
+        self.look_at = EVENT_LEAST_BYTES * self.max_events
+        self.reads: list[bytes] = []
         self.stamps_s = array("d")
-        self.ends = array("L")
         self.size = self.events = self.since_event = self.status = 0
+        self.parsed = self.counted = self.head_reads = 0  # reads so far: given to the parser, counted, before the body
         self.sent_s = self.end_s = self.connect_s = self.tls_s = NAN
         self.ending = self.note = ""
-        self.keep_alive = True
+        self.http = self.keep_alive = True
         self.resent = False
-        self.body = b""
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything came after the head."""
+        return len(self.reads) > self.head_reads
 
 
 class Wire(asyncio.Protocol):
@@ -155,50 +171,35 @@ class Wire(asyncio.Protocol):
         if exchange is None:  # bytes that nobody asked for: this connection is not to be trusted
             self.close()
             return
-        before = exchange.size
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self.finish("malformed_http", "the server switched protocols")
-            return
-        except httptools.HttpParserError as problem:
-            self.finish("malformed_http", str(problem))
-            return
-        if exchange.size != before:
-            exchange.stamps_s.append(now)
-            exchange.ends.append(exchange.size)
-        if self.exchange is not exchange or exchange.ending:  # the message was complete
-            return
-        ends = data.count(b"\n\n") or data.count(b"\r\n\r\n")
-        exchange.events += ends
-        exchange.since_event = 0 if ends else exchange.since_event + len(data)
-        # A marker that came in pieces is in the last pieces: only tiny reads need that look.
-        if b"[DONE]" in data[-32:] or (len(data) < 32 and b"[DONE]" in b"".join(exchange.chunks[-8:])):
-            asyncio.get_running_loop().call_later(LINGER_S, self._linger, exchange)
-        elif exchange.events > exchange.max_events:
-            self.finish("runaway", f"stopped after {exchange.events} events")
-        elif exchange.since_event > EVENT_BYTES:
-            self.finish("event_too_large", f"an event of more than {EVENT_BYTES} bytes")
+        exchange.stamps_s.append(now)
+        exchange.reads.append(data)
+        exchange.size += len(data)
+        if not self.streaming or data.endswith(LAST_CHUNK):
+            self.settle(exchange)
+        if exchange.size > exchange.look_at and self.exchange is exchange:
+            self._bound(exchange)
 
     def eof_received(self) -> bool:
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open = False
-        if self.exchange is None:
+        exchange = self.exchange
+        if exchange is None:
             self.on_idle_close(self)
-        elif not self.exchange.status:
+            return
+        self.settle(exchange)
+        if not exchange.status:
             self.finish("disconnected_before_response", str(exc or "the server closed the connection"))
-        elif exc is None and self._ends_with_connection():
+        elif exc is None and not self.framed:
             self.finish("complete")
         else:
             self.finish("stream_reset" if exc else "eof", str(exc or "the server closed the connection"))
 
     # -- httptools' side
 
-    def on_headers_complete(self) -> None:
-        assert self.exchange is not None
-        self.exchange.status = self.parser.get_status_code()
+    def on_message_begin(self) -> None:
+        self.framed = self.streaming = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         exchange = self.exchange
@@ -211,39 +212,72 @@ class Wire(asyncio.Protocol):
             exchange.keep_alive = False
         elif lower == b"location" or (lower == b"content-encoding" and value.lower() != b"identity"):
             exchange.note = f"{name.decode('latin-1')}: {value.decode('latin-1')}"
-        elif lower == b"content-length" or lower == b"transfer-encoding":
+        elif lower == b"content-length":
             self.framed = True
+        elif lower == b"transfer-encoding":
+            self.framed = True
+            self.streaming = value.lower() == b"chunked"
 
-    def on_message_begin(self) -> None:
-        self.framed = False
-
-    def on_body(self, body: bytes) -> None:
-        exchange = self.exchange
-        assert exchange is not None
-        if exchange.status != 200 and exchange.size > ERROR_BYTES:
-            return
-        exchange.chunks.append(body)
-        exchange.size += len(body)
+    def on_headers_complete(self) -> None:
+        if exchange := self.exchange:
+            exchange.status = self.parser.get_status_code()
+            exchange.head_reads = len(exchange.reads) - (not exchange.reads[-1].endswith(b"\r\n\r\n"))
+            self.streaming = self.streaming and exchange.status == 200
 
     def on_message_complete(self) -> None:
-        exchange = self.exchange
-        if exchange is None or 100 <= exchange.status < 200:
-            return
-        # The read that completes the message is stamped by data_received after this returns.
-        exchange.keep_alive = exchange.keep_alive and self.parser.should_keep_alive()
-        asyncio.get_running_loop().call_soon(self.finish, "complete", "", exchange)
+        if (exchange := self.exchange) and exchange.status >= 200:
+            exchange.keep_alive = exchange.keep_alive and self.parser.should_keep_alive()
+            self.complete = True
 
     # -- ours
 
-    framed = False
+    framed = False  # the message's end is told by its framing, not by the connection's
+    streaming = False  # chunked: no read but the last needs the parser
+    complete = False
 
-    def _ends_with_connection(self) -> bool:
-        return not self.framed
+    def settle(self, exchange: Exchange) -> None:
+        """Give the parser all that it has not seen, and end the exchange if the message is over."""
+        fresh = b"".join(exchange.reads[exchange.parsed :])
+        exchange.parsed = len(exchange.reads)
+        if not fresh:
+            return
+        try:
+            self.parser.feed_data(fresh)
+        except httptools.HttpParserUpgrade:
+            self.finish("malformed_http", "the server switched protocols")
+        except httptools.HttpParserError as problem:
+            if not self.complete:
+                self.finish("malformed_http", str(problem))
+        if self.complete:
+            self.finish("complete", end_s=exchange.stamps_s[-1])
+        elif exchange.status not in (0, 200) and exchange.size > ERROR_BYTES:
+            exchange.reads[-1] = b""  # enough is known of this error
+
+    def look(self, exchange: Exchange) -> None:
+        """What no tail told, when nothing came for QUIET_S: a message with trailers, or [DONE] with no end after it."""
+        if exchange.parsed < len(exchange.reads):
+            self.settle(exchange)
+            tail = _SEAM.sub(b"", b"".join(exchange.reads[-64:])[-512:])
+            if self.exchange is exchange and tail.rstrip().endswith(MARKERS):
+                exchange.keep_alive = False
+                self.finish("complete", end_s=exchange.stamps_s[-1])
+
+    def _bound(self, exchange: Exchange) -> None:
+        fresh = b"".join(exchange.reads[exchange.counted :])
+        exchange.counted = len(exchange.reads)
+        ends = fresh.count(b"\n\n") or fresh.count(b"\r\n\r\n")
+        exchange.events += ends
+        exchange.since_event = 0 if ends else exchange.since_event + len(fresh)
+        exchange.look_at = exchange.size + EVENT_LEAST_BYTES * max(100, exchange.max_events - exchange.events)
+        if exchange.events > exchange.max_events:
+            self.finish("runaway", f"stopped after {exchange.events} events")
+        elif exchange.since_event > EVENT_BYTES:
+            self.finish("event_too_large", f"an event of more than {EVENT_BYTES} bytes")
 
     def send(self, exchange: Exchange) -> None:
         """Write the request now; `sent_s` is the moment after its bytes were handed to the kernel."""
         assert self.transport is not None and self.exchange is None
-        self.exchange = exchange
+        self.exchange, self.complete = exchange, False
         if not self.uses:
             exchange.connect_s, exchange.tls_s = self.connect_s, self.tls_s
         self.uses += 1
@@ -275,11 +309,6 @@ class Wire(asyncio.Protocol):
         if ending != "complete" or not exchange.keep_alive:
             self.close()
         self.on_end(self, exchange)
-
-    def _linger(self, exchange: Exchange) -> None:
-        if self.exchange is exchange and b"".join(exchange.chunks[-32:]).rstrip().endswith(MARKERS):  # not a text of it
-            exchange.keep_alive = False
-            self.finish("complete", end_s=exchange.stamps_s[-1])
 
     def close(self) -> None:
         self.open = False
