@@ -9,27 +9,33 @@ import httptools
 
 
 class _Body:
-    """What httptools calls: only with the pieces of a body."""
+    """What httptools calls: only with the pieces of a body, and at the end of a message."""
 
-    __slots__ = ("on_body", "pieces")
+    __slots__ = ("on_body", "parser", "pieces", "whole")
 
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
         self.on_body: Callable[[bytes], None] = self.pieces.append
+        self.whole: int | None = None  # pieces of the first message; what follows it is no part of the answer
+        self.parser = httptools.HttpResponseParser(self)
+
+    def on_message_complete(self) -> None:
+        if self.whole is None and self.parser.get_status_code() >= 200:
+            self.whole = len(self.pieces)
 
 
 def unframe(raw: memoryview | bytes, ends: Sequence[int]) -> tuple[bytes, list[int]]:
     """`ends[i]` bytes of `raw` (a response from its first byte, perhaps cut) had come with read i; returns the body and
     the same counts for it.  Where the framing is broken, what came before stands: that it broke is the wire's to say."""
     body = _Body()
-    parser = httptools.HttpResponseParser(body)
     view, at, pieces = memoryview(raw), 0, [0]
     try:
         for end in ends:
-            parser.feed_data(view[at:end])
+            body.parser.feed_data(view[at:end])
             at = end
             pieces.append(len(body.pieces))
     except (httptools.HttpParserError, httptools.HttpParserUpgrade):
         pieces += [len(body.pieces)] * (len(ends) + 1 - len(pieces))
-    sizes = list(accumulate(map(len, body.pieces), initial=0))
-    return b"".join(body.pieces), [sizes[n] for n in pieces[1:]]
+    kept = body.pieces[: body.whole]
+    sizes = list(accumulate(map(len, kept), initial=0))
+    return b"".join(kept), [sizes[min(n, len(kept))] for n in pieces[1:]]

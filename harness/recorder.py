@@ -51,6 +51,7 @@ def pack_exchange(exchange: Exchange, point: int, trial: int, t0_s: float, start
         "id": request.id, "point": point, "trial": trial, "wave": request.wave, "warmup": request.warmup, "t0_s": t0_s,
         "scheduled_s": None if due_s is None else start_s + due_s, "sent_s": exchange.sent_s, "end_s": exchange.end_s,
         "connect_s": exchange.connect_s, "tls_s": exchange.tls_s, "status": exchange.status, "ending": exchange.ending, "note": exchange.note,
+        "coding": exchange.coding, "resent": exchange.resent,
         "output_tokens": request.output_tokens, "input_tokens": request.input_tokens, "n": len(ends), "http": exchange.http,
     }  # fmt: skip
     return pack(b"X", header, exchange.stamps_s, ends, b"".join(exchange.reads))
@@ -65,9 +66,9 @@ def to_record(
     header: dict[str, Any], stamps_s: Sequence[float], ends: Sequence[int], body: bytes, secret: str = ""
 ) -> Record:
     answer = dialects.interpret(body, stamps_s, ends, header["status"], header["ending"], header["output_tokens"],
-                                header["note"])  # fmt: skip
-    if secret:  # servers echo keys in their errors; here is the last place before the disk
-        answer.error = answer.error.replace(secret, "[redacted]")
+                                header["note"], header["coding"], secret)  # fmt: skip
+    if header["resent"]:
+        answer.notes.append("resent")
     t0_s, sent_s = header["t0_s"], _time(header, "sent_s")
     return Record(
         id=header["id"],
@@ -95,6 +96,7 @@ def to_record(
         first_event_s=answer.first_event_s - sent_s,
         last_event_s=answer.last_event_s - sent_s,
         choice_events=answer.choice_events,
+        notes=" ".join(answer.notes),
     )
 
 
