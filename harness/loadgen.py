@@ -347,7 +347,7 @@ class Player:
                     wire.finish("timeout_total", f"not over after {timers.total_s:g} s")
                 elif age > timers.first_token_s and not _has_text(exchange):
                     wire.finish("timeout_ttft", f"no text came within {timers.first_token_s:g} s")
-                elif now - last > timers.idle_s:
+                elif now - last > timers.idle_s and _has_text(exchange):
                     wire.finish("timeout_idle", f"silent for {timers.idle_s:g} s")
                 elif now - last > QUIET_S:
                     wire.look(exchange)
