@@ -95,3 +95,11 @@ def redacted(text: str, *secrets: str) -> str:
         if secret:
             text = re.sub(re.escape(secret), "[redacted]", text, flags=re.IGNORECASE)
     return text
+
+
+_SECRET_NAMES = re.compile(r"(api|access|auth)_?key$|(^|_)key$|(^|_)token$|secret|passw|credential", re.IGNORECASE)
+
+
+def is_secret(name: str) -> bool:
+    """Whether an option or a variable of this name holds a secret: HF_TOKEN does, MAX_BATCHED_TOKENS does not."""
+    return bool(_SECRET_NAMES.search(name.replace("-", "_")))
