@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from harness import redaction, store, summary, units
 from harness.progress import Progress
-from harness.records import RidgelineError
+from harness.records import RidgelineError, Table
 from harness.scenario import Scenario, load, validate
 from harness.theory.hardware import Hardware, catalogue, find, from_row
 from harness.theory.predict import predict
@@ -119,7 +120,7 @@ def _summary(loaded: store.Run) -> dict[str, Any]:
     row = from_row(inputs["hardware"]) if inputs.get("hardware") else None
     run_info = loaded.run | {"no_prediction": inputs["missing"]}
     found = summary.build(
-        run_info, loaded.state, loaded.records, loaded.events, loaded.samples, loaded.notes, model, row
+        run_info, loaded.state, loaded.blocks, loaded.events, loaded.samples, loaded.notes, model, row
     )
     return dict(store.clean(found))
 
@@ -133,16 +134,24 @@ def verify(folder: Path) -> str:
         raise RidgelineError(f"{folder}: holds no summary to verify; `ridgeline report {folder}` makes one")
     stored = store.read_json(stored_path)
     differing = list(_differences(stored, json.loads(json.dumps(_summary(loaded)))))
+    n = sum(len(block) for block in loaded.blocks(("id",), False))
     if columns.exists():
-        kept = store.load(folder).records
-        if len(kept) != len(loaded.records) or any(
-            not np.array_equal(getattr(kept, name), getattr(loaded.records, name), equal_nan=name.endswith("_s"))
-            for name in ("id", "sent_s", "end_s", "output_tokens", "error_class", "chunk_s")
-        ):
+        kept = store.load(folder)
+        same = itertools.starmap(_same_records, itertools.zip_longest(kept.blocks(), loaded.blocks()))
+        if not kept.archived or not all(same):
             differing.append(f"{store.PARQUET} holds other records than the journal")
     if loaded.notes or differing:
         raise RidgelineError(f"{folder}: " + "; ".join([*loaded.notes, *differing[:8]]))
-    return f"{folder}: {len(loaded.records)} records; {store.SUMMARY} is what they give"
+    return f"{folder}: {n} records; {store.SUMMARY} is what they give"
+
+
+def _same_records(kept: Table | None, journalled: Table | None) -> bool:
+    if kept is None or journalled is None or len(kept) != len(journalled):
+        return False
+    return all(
+        np.array_equal(getattr(kept, name), getattr(journalled, name), equal_nan=name.endswith("_s"))
+        for name in ("id", "sent_s", "end_s", "output_tokens", "error_class", "chunk_s", "chunk_tokens")
+    )
 
 
 def _differences(stored: Any, now: Any, where: str = store.SUMMARY) -> Iterator[str]:
@@ -233,7 +242,7 @@ def _compared(folder: Path, name: str) -> dict[str, Any]:
     run = store.load(folder)
     tool = tools.tool(name)
     return {"run": str(folder), "definitions": name, "version": tool.version,
-            "points": tools.compare(name, run.run, run.records)}  # fmt: skip
+            "points": tools.compare(name, run.run, run.blocks)}  # fmt: skip
 
 
 def definitions(folder: Path | None, name: str, as_json: bool) -> str:

@@ -26,7 +26,6 @@ from harness import (
     client,
     lengths,
     machine,
-    metrics,
     openai_wire,
     preflight,
     recorder,
@@ -43,6 +42,7 @@ from harness.progress import Progress
 from harness.recording import Recorder
 from harness.records import Request, RidgelineError
 from harness.scenario import Scenario, Workload, dump
+from harness.tally import Tally, count
 from harness.wire import Exchange, Target, clock
 from harness.workers import Crew, Job
 
@@ -90,10 +90,9 @@ async def is_settled(session: Session, point: Point, spent_s: float, trial: int)
         ):
             break
         await asyncio.sleep(0.05)
-    row = metrics.point_summary(
-        found.records.where(found.records.point == point.index), workload.mode, point.batch_size or 0
-    )
-    return stats.within(row, workload.precision)
+    tally = Tally(workload.mode, point.batch_size or 0)
+    count({point.index: tally}, found.blocks)
+    return stats.within(tally.row(), workload.precision)
 
 
 @dataclass(slots=True)
@@ -234,7 +233,7 @@ async def play(scenario: Scenario, command: list[str], out: str | None, results:
         raise RidgelineError(f"stopped before the first request{': ' if session.stopped_why else ''}{session.stopped_why}",
                              _code(session))  # fmt: skip
     if not session.at_once:
-        store.write_parquet(folder / store.PARQUET, store.load(folder).records)
+        store.derive(folder, lambda n: progress.tick(f"{n:,} requests archived"))
     return Outcome(folder, session.info["state"], _code(session), session.at_once)
 
 
@@ -250,9 +249,11 @@ def _continue(session: Session) -> None:
     session.finished = frozenset(
         (e["point"], e["trial"]) for e in found.events if e.get("event") == "trial_end" and not e.get("stopped")
     )
-    session.first_id = int(found.records.id.max()) + 1 if len(found.records) else 0
-    before = [*found.records.end_s[~np.isnan(found.records.end_s)].tolist(), 0.0]
-    session.t0_s = clock() - max(before) - 1.0  # times of the records go on from where they ended
+    before_s = 0.0
+    for t in found.blocks(("id", "end_s"), False):
+        session.first_id = max(session.first_id, int(t.id.max()) + 1)
+        before_s = max(before_s, float(np.nanmax(t.end_s, initial=0.0)))
+    session.t0_s = clock() - before_s - 1.0  # times of the records go on from where they ended
     session.info["resumed"] = [
         *found.run.get("resumed", []),
         {"at": session.info["started_at"], "finished": len(session.finished)},

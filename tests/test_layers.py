@@ -19,6 +19,7 @@ PURE = [
     "endings",
     "metrics",
     "stats",
+    "tally",
     "checks",
     "summary",
     "journal",
