@@ -161,7 +161,6 @@ class Player:
         self._serialise(requests, ahead or 1 << 30)
         self.refill = lambda: self._serialise(requests, 64)
         await self.prepare(min(slots or ahead or 64, max(1, len(self.queue))))
-        gc.collect()
         gc.freeze()
         gc.disable()
         try:
