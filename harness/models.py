@@ -1,4 +1,4 @@
-"""The model's configuration from the disk: a folder, a config.json or a GGUF file -> Model."""
+"""The model's configuration: a folder, a config.json or a GGUF file from the disk, or a name of the catalogue -> Model."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.records import RidgelineError
-from harness.theory import architecture, gguf
+from harness.theory import architecture, catalogue, gguf
 
 MAX_CONFIG_BYTES = 10 * 2**20
 
 
 def load(path: str | Path, name: str = "") -> architecture.Model:
-    """The Model of a folder with config.json (or one .gguf file), of a config.json, or of a .gguf file.
+    """The Model of a folder with config.json (or one .gguf file), of a config.json, of a .gguf file, or of this name.
 
-    `name` is what reports call it; without one it is the folder's or file's name.  Raises RidgelineError where nothing
-    can be read or the architecture is not covered.
+    What is no path on the disk is looked up in the catalogue.  `name` is what reports call it; without one it is the
+    folder's or file's name.  Raises RidgelineError where nothing can be read or the architecture is not covered.
     """
-    path = Path(path)
+    asked, path = str(path), Path(path)
     try:
+        if path.suffix not in (".json", ".gguf") and not path.exists():
+            return replace(model := catalogue.find(asked), name=name or model.name)
         found = _file(path)
         name = name or (found.stem if found.suffix == ".gguf" else found.absolute().parent.name)
         return _gguf(found, name) if found.suffix == ".gguf" else _config(found, name)
@@ -30,9 +32,7 @@ def load(path: str | Path, name: str = "") -> architecture.Model:
 def _file(path: Path) -> Path:
     if not path.is_dir():
         if path.suffix not in (".json", ".gguf"):
-            raise RidgelineError(
-                f"model configuration {path}: give a folder, a config.json or a .gguf file that exists"
-            )
+            raise RidgelineError(f"model configuration {path}: give a folder, a config.json or a .gguf file")
         return path
     if (path / "config.json").exists():
         return path / "config.json"

@@ -249,5 +249,13 @@ def test_a_folder_without_a_model_and_no_file_at_all_are_refused(tmp_path):
         models.load(tmp_path)
     with pytest.raises(RidgelineError, match="No such file"):
         models.load(tmp_path / "gone.json")
-    with pytest.raises(RidgelineError, match="exists"):
+    with pytest.raises(RidgelineError, match="not in the catalogue"):
         models.load(tmp_path / "gone")
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(RidgelineError, match="give a folder"):
+        models.load(tmp_path / "weights.bin")
+
+
+def test_a_name_is_looked_up_in_the_catalogue():
+    assert models.load("Llama-2-7B").params == 6_738_415_616
+    assert models.load("meta-llama/Llama-3.1-8B", "served").name == "served"

@@ -341,6 +341,7 @@ FAMILIES: dict[str, Callable[[Config], Spec]] = {
     "llama": _llama,
     "aquila": _llama,
     "granite": _llama,
+    "internlm2": _llama,
     "smollm3": _llama,
     "mistral": _mistral,
     "mixtral": _mixtral,
