@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from harness import models
 from harness.records import RidgelineError
-from harness.theory.architecture import FAMILIES, from_config
+from harness.theory.architecture import FAMILIES, MULTIMODAL, from_config
 from harness.theory.shape import dtype_named
 
 
@@ -197,9 +197,24 @@ def test_what_is_not_covered_is_refused_by_name(change, named):
         from_config(LLAMA_3_8B | change, "some-model")
 
 
-KEYS = sorted(
-    set(LLAMA_3_8B) | {"quantization_config", "layer_types", "sliding_window", "max_window_layers", "head_dim"}
-)
+# Keys of every family at once, so that each has what it needs until one of them is changed.
+EVERYTHING = LLAMA_3_8B | {
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "decoder_sparse_step"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "n_shared_experts", "first_k_dense_replace"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp"), 64),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 32),
+    **dict.fromkeys(("n_embd", "n_layer", "n_head", "n_positions", "sliding_window_pattern"), 32),
+    "attention_chunk_size": 128,
+    "max_position_embeddings": 2048,
+    "num_key_value_heads_per_layer": [4] * 32,
+    "use_cla": True,
+    "cla_share_factor": 2,
+    "mlp_only_layers": [0],
+    "moe_layers": [1],
+    "topk_method": "noaux_tc",
+}
+OTHERS = ("quantization_config", "layer_types", "sliding_window", "max_window_layers", "head_dim", "text_config")
+KEYS = sorted({*EVERYTHING, *OTHERS, "vision_config"})
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(sorted(FAMILIES)),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
@@ -207,15 +222,25 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)  # a busy machine is no bug
-@given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4), st.sampled_from(sorted(FAMILIES)))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_built_from_keys_that_are_all_there(family):
+    model = from_config(EVERYTHING | {"model_type": family})
+    assert model.params == sum(model.params_by_part.values()) >= model.active_params > 0
+
+
+@settings(deadline=None, max_examples=200)  # a busy machine is no bug
+@given(
+    st.dictionaries(st.sampled_from(KEYS), JSON | st.integers(0, 64), max_size=4),
+    st.sampled_from(sorted({*FAMILIES, *MULTIMODAL})),
+)
 def test_any_configuration_is_read_or_refused_in_one_sentence(change, family):
     try:
-        model = from_config(LLAMA_3_8B | {"model_type": family} | change)
+        model = from_config(EVERYTHING | {"model_type": family} | change)
     except RidgelineError:
         return
     assert model.params == sum(model.params_by_part.values())
     assert math.isfinite(model.weight_bytes())
+    assert 0 < model.read_bytes(tokens=3.0) <= model.weight_bytes()
 
 
 @pytest.mark.parametrize(("spelling", "dtype"), [("torch.bfloat16", "bf16"), ("half", "fp16"), ("FLOAT32", "fp32")])

@@ -68,7 +68,7 @@ def _text_part(c: Config) -> tuple[Config, int, tuple[str, ...]]:
     values = {"model_type": MULTIMODAL[c.family], **outer, **inner}
     vision = c.values.get("vision_config")
     if c.family == "gemma3" and isinstance(vision, Mapping):
-        return Config(values, c.name), _siglip(Config(vision, c.name), int(inner.get("hidden_size") or 0)), ()
+        return Config(values, c.name), _siglip(Config(vision, c.name), Config(inner, c.name).count("hidden_size")), ()
     note = f"{c.name}: the vision tower's weights are not counted"
     return Config(values, c.name), 0, (note,)
 

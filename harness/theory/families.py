@@ -316,7 +316,8 @@ def _llama4(c: Config) -> Spec:
     spec = _llama(Config({**c.values, "intermediate_size": c.values.get("intermediate_size_mlp")}, c.name))
     step, width = c.count("interleave_moe_layer_step", default=1), c.count("intermediate_size")
     listed = c.values.get("moe_layers")
-    moe = set(listed) if isinstance(listed, list) else {i for i in range(spec.layers) if (i + 1) % step == 0}
+    named = isinstance(listed, list) and all(isinstance(i, int) for i in listed)
+    moe = set(listed or ()) if named else {i for i in range(spec.layers) if (i + 1) % step == 0}
     # Three of four layers attend within chunks: a token sees half a chunk on average, which is bounded by the whole.
     windows = _windows(c, lambda i: (i + 1) % 4 != 0, "attention_chunk_size")
     experts = Experts(c.count("num_local_experts"), c.count("num_experts_per_tok"), width, shared_ffn=width)
