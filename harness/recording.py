@@ -13,7 +13,7 @@ from typing import Any
 
 from harness import recorder, store
 
-BACKLOG_BYTES = 64 * 2**20  # more than this between us and the recorder, and sending waits
+BACKLOG_BYTES = 16 * 2**20  # more than this between us and the recorder, and sending waits
 F_SETPIPE_SZ = 1031  # <fcntl.h>, Linux
 
 

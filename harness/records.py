@@ -91,6 +91,7 @@ class Record:
     first_event_s: float = NAN
     last_event_s: float = NAN
     choice_events: int | None = None
+    notes: str = ""  # names of endings.NOTES, with spaces between
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,7 @@ class Table:
     first_event_s: Floats
     last_event_s: Floats
     choice_events: Ints
+    notes: npt.NDArray[Any]
     chunk_s: Floats
     chunk_tokens: Ints
     start: Ints
@@ -177,7 +179,7 @@ COUNTS = (
     "asked_output_tokens",
     "choice_events",
 )
-_TEXTS = ("token_source", "finish_reason", "error_class", "error")
+TEXTS = ("token_source", "finish_reason", "error_class", "error", "notes")
 
 
 def table(records: list[Record]) -> Table:
@@ -188,7 +190,7 @@ def table(records: list[Record]) -> Table:
         values = [getattr(row, name) for row in rows]
         if name in COUNTS:
             return np.array([-1 if value is None else value for value in values], np.int64)
-        return np.array(values, object if name in _TEXTS else None)
+        return np.array(values, object if name in TEXTS else None)
 
     counts = [len(row.chunk_s) for row in rows]
     return Table(

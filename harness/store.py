@@ -22,11 +22,19 @@ from typing import IO, Any
 import numpy as np
 
 from harness import journal
-from harness.records import COUNTS, SCALAR_COLUMNS, Record, RidgelineError, Table, table
+from harness.records import COUNTS, SCALAR_COLUMNS, TEXTS, Record, RidgelineError, Table, table
 
 FORMAT = 1
 # Columns that files of the first weeks lack: they read as missing.
-LATER = ("asked_input_tokens", "asked_output_tokens", "tls_s", "first_event_s", "last_event_s", "choice_events")
+LATER = (
+    "asked_input_tokens",
+    "asked_output_tokens",
+    "tls_s",
+    "first_event_s",
+    "last_event_s",
+    "choice_events",
+    "notes",
+)
 JOURNAL, PARQUET, RUN, SUMMARY, SERVER = "journal.bin", "requests.parquet", "run.json", "summary.json", "server.jsonl"
 
 
@@ -199,12 +207,13 @@ def read_parquet(path: Path) -> Table:
     columns: dict[str, Any] = {}
     for name in SCALAR_COLUMNS:
         if name in LATER and name not in found.column_names:
-            columns[name] = np.full(len(found), -1 if name in COUNTS else np.nan)
+            missing: Any = "" if name in TEXTS else -1 if name in COUNTS else np.nan
+            columns[name] = np.full(len(found), missing, object if name in TEXTS else None)
             continue
         column = found[name]
         if name in COUNTS:
             columns[name] = column.fill_null(-1).to_numpy()
-        elif name in ("token_source", "finish_reason", "error_class", "error"):
+        elif name in TEXTS:
             columns[name] = np.array(column.to_pylist(), object)
         else:
             columns[name] = column.to_numpy()

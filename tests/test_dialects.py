@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,7 +56,7 @@ def test_the_same_bytes_give_the_same_events_however_they_were_cut(path: Path, c
     whole = dialects.interpret(body, [0.0], [len(body)], 200, "complete", 150)
     assert answer.arrival_tokens == whole.arrival_tokens
     assert answer.output_tokens == whole.output_tokens
-    assert answer.arrivals_s == sorted(answer.arrivals_s)
+    assert list(answer.arrivals_s) == sorted(answer.arrivals_s)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_the_same_bytes_give_the_same_events_however_they_were_cut(path: Path, c
     ],
 )
 def test_events_follow_the_standard(name: str, body: bytes, datas: list[bytes]) -> None:
-    assert [event.data for event in dialects.events(body)] == datas
+    assert [data for data, _, _ in dialects.events(body)] == datas
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_an_event_is_stamped_by_the_read_that_completed_it() -> None:
     body = say(token("a"), token("b", "length"), done=False)
     first = body.index(b"\n\n") + 2
     answer = dialects.interpret(body, [1.0, 2.0, 3.0], [first - 1, first, len(body)], 200, "complete", 2)
-    assert answer.arrivals_s == [2.0, 3.0]
+    assert answer.arrivals_s.tolist() == [2.0, 3.0]
 
 
 def test_control_characters_of_an_error_never_reach_a_terminal() -> None:
@@ -157,3 +159,37 @@ def test_a_request_asks_for_the_exact_length_and_for_usage(api: str) -> None:
     assert path == dialects.APIS[api]
     assert (said["max_tokens"], said["min_tokens"], said["ignore_eos"]) == (7, 7, True)
     assert said["stream_options"] == {"include_usage": True}
+
+
+EVENTS = st.sampled_from(["a", " b", "", 'q"', "\\", "ü", "\x01", "[DONE]"]).flatmap(
+    lambda text: st.sampled_from(
+        [
+            {"choices": [{"index": 0, "text": text, "finish_reason": None}], "usage": None},
+            {"choices": [{"index": 0, "text": text, "finish_reason": "stop"}], "usage": None},
+            {"choices": [{"index": 0, "text": text, "finish_reason": None}], "usage": {"completion_tokens": 4}},
+            {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]},
+            {"choices": [{"index": 0, "text": text, "token_ids": [1, 2]}]},
+            {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 9}},
+            {"error": text},
+        ]
+    )
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(EVENTS, max_size=30), st.binary(max_size=3))
+def test_events_of_one_shape_mean_what_a_full_reading_of_each_says(
+    messages: list[dict[str, Any]], noise: bytes
+) -> None:
+    """Spaces that mean nothing in JSON make each event unlike the one before, so that each is parsed."""
+    plain = [orjson.dumps(m) for m in messages]
+    if plain:  # bytes that are no JSON string must be seen in either
+        plain[-1] = plain[-1].replace(b'"a"', b'"' + noise.replace(b"\n", b"").replace(b"\r", b"") + b'"')
+    unlike = [b"{" + b" " * (i + 1) + data[1:] for i, data in enumerate(plain)]
+    told = []
+    for datas in (plain, unlike):
+        body = b"".join(b"data: " + data + b"\n\n" for data in datas)
+        answer = dialects.interpret(body, [1.0], [len(body)], 200, "complete", 150)
+        told.append((answer.arrivals_s.tolist(), answer.arrival_tokens, answer.output_tokens, answer.token_source, answer.finish_reason,
+                     answer.error_class, answer.events, answer.choice_events))  # fmt: skip
+    assert told[0] == told[1]

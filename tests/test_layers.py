@@ -16,6 +16,7 @@ PURE = [
     "lengths",
     "prompts",
     "dialects",
+    "endings",
     "metrics",
     "stats",
     "checks",
