@@ -15,7 +15,9 @@ from harness import store, summary, units
 from harness.progress import Progress
 from harness.records import RidgelineError
 from harness.scenario import Scenario, load, validate
-from harness.theory.hardware import Hardware, catalogue, find, from_row, from_yaml, prices
+from harness.theory import catalogue
+from harness.theory import hardware as rows
+from harness.theory.hardware import Hardware, find, from_row, from_yaml, prices
 from harness.theory.predict import predict
 from harness.theory.shape import Layers, Model
 
@@ -90,7 +92,8 @@ def summarise(folder: Path, progress: Progress | None = None, hardware_name: str
     theory = loaded.run["scenario"]["theory"]
     if hardware_name or model_config or "theory" not in loaded.run:
         wanted = dict(theory) | {k: v for k, v in (("hardware", hardware_name), ("model_config", model_config)) if v}
-        loaded.run["theory"] = theory_inputs(wanted, loaded.run.get("engine") or {}, progress or Progress(True))
+        engine = {"served": loaded.run.get("model"), **(loaded.run.get("engine") or {})}
+        loaded.run["theory"] = theory_inputs(wanted, engine, progress or Progress(True))
         store.write_json(folder / store.RUN, loaded.run)
     inputs = loaded.run["theory"]
     model = model_from(inputs["model"]) if inputs.get("model") else None
@@ -113,7 +116,10 @@ def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress
         model = _model(theory, engine)
     except RidgelineError as problem:
         missing.append(
-            {"saw": f"no prediction: {problem}", "do": "give --model-config a config.json, its folder, or a GGUF file"}
+            {
+                "saw": f"no prediction: {problem}",
+                "do": "give --model-config a config.json, its folder, a GGUF file, or a name of the catalogue",
+            }
         )
     try:
         row = _hardware(theory, engine, model, progress)
@@ -136,10 +142,15 @@ def model_from(data: Mapping[str, Any]) -> Model:
 def _model(theory: Mapping[str, Any], engine: Mapping[str, Any]) -> Model:
     from harness import models
 
-    path = theory["model_config"] or engine.get("model_path")
-    if not path:
+    if path := theory["model_config"] or engine.get("model_path"):
+        return models.load(path)
+    if not engine.get("served"):
         raise RidgelineError("the served model's configuration is not known")
-    return models.load(path)
+    model = catalogue.find(str(engine["served"]))
+    note = (
+        f"{model.name}: the model is known by the name it is served under, and its weights are taken as {model.dtype}"
+    )
+    return dataclasses.replace(model, notes=(*model.notes, note))
 
 
 def _hardware(
@@ -333,4 +344,4 @@ def hardware(name: str | None) -> str:
         listed = [dataclasses.asdict(price) for price in prices(row.name)]
         return json.dumps(store.clean(row.as_dict() | {"prices": listed}), indent=1)
     return "\n".join(f"{row.name:<32} {units.size(row.mem_bytes):>8} {units.bandwidth(row.bytes_per_s):>11}  "
-                     + units.flops(row.flops.get("bf16") or row.flops.get("fp16")) for row in catalogue())  # fmt: skip
+                     + units.flops(row.flops.get("bf16") or row.flops.get("fp16")) for row in rows.catalogue())  # fmt: skip

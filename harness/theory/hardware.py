@@ -259,7 +259,10 @@ def _from_user(row: dict[str, Any], where: str) -> Hardware:
         }
     base: dict[str, Any] = {"measured": False, "source": where}
     if "like" in row:
-        like = find(str(row["like"]))
+        try:
+            like = find(str(row["like"]))
+        except RidgelineError as error:
+            raise RidgelineError(f"{where}: like: {error}") from None
         base = like.as_dict() | {"name": f"{like.name} ({where})", "source": f"{where}, else {like.source}"}
     try:
         return from_row(base | given)
