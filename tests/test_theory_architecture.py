@@ -254,6 +254,26 @@ def test_dtypes_are_known_by_their_usual_spellings(spelling, dtype):
     assert dtype_named(spelling) == dtype
 
 
+FP8 = {"quant_method": "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("listed", "spared"),
+    [
+        (["lm_head"], False),
+        (["*self_attn*"], True),
+        (["re:.*self_attn.*", "lm_head"], True),
+        ([f"model.layers.{i}.self_attn.q_proj" for i in range(32)], True),
+        (["model.layers.31.self_attn.q_proj", "model.layers.31.self_attn.k_proj"], False),
+        ("self_attn", False),
+    ],
+)
+def test_attention_stays_in_16_bit_where_it_is_left_out_of_most_layers(listed, spared):
+    model = from_config(LLAMA_3_8B | {"quantization_config": FP8 | {"ignored_layers": listed}})
+    assert model.bytes_by_part()["attention"] == model.params_by_part["attention"] * (2 if spared else 1)
+    assert model.bytes_by_part()["ffn"] == model.params_by_part["ffn"]
+
+
 # --- from the disk ----------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +305,16 @@ def test_a_folder_without_a_model_and_no_file_at_all_are_refused(tmp_path):
     (tmp_path / "weights.bin").touch()
     with pytest.raises(RidgelineError, match="give a folder"):
         models.load(tmp_path / "weights.bin")
+
+
+def test_modelopts_own_file_says_how_the_weights_are_stored(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    stated = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(stated))
+    assert models.load(tmp_path).dtype == "fp8"
+    (tmp_path / "hf_quant_config.json").write_text("{")
+    with pytest.raises(RidgelineError, match="hf_quant_config"):
+        models.load(tmp_path)
 
 
 def test_a_name_is_looked_up_in_the_catalogue():
