@@ -254,6 +254,18 @@ def test_dtypes_are_known_by_their_usual_spellings(spelling, dtype):
     assert dtype_named(spelling) == dtype
 
 
+def test_a_multimodal_model_is_its_text_part_and_says_what_is_not_counted():
+    text = {k: v for k, v in LLAMA_3_8B.items() if k != "torch_dtype"} | {
+        "model_type": "qwen3_vl_text",
+        "head_dim": 128,
+    }
+    outer = {"model_type": "qwen3_vl", "torch_dtype": "float16", "vision_config": {}, "tie_word_embeddings": True}
+    model = from_config(outer | {"text_config": text}, "seer")
+    alone = from_config(text | {"model_type": "qwen3", "tie_word_embeddings": True, "torch_dtype": "float16"})
+    assert (model.groups, model.params, model.dtype) == (alone.groups, alone.params, "fp16")
+    assert model.notes == ("seer: the vision tower's weights are not counted",)
+
+
 FP8 = {"quant_method": "fp8"}
 
 

@@ -20,8 +20,15 @@ from harness.theory.shape import BITS, INT4_GROUP, QUANTIZED, WHOLE, Layers, Mod
 
 __all__ = ["FAMILIES", "Model", "from_config", "from_gguf"]
 
-# model_type of a model with a text part of its own -> the family of that part, where it does not say.
-MULTIMODAL = {"gemma3": "gemma3_text", "mistral3": "mistral", "llama4": "llama4_text"}
+# model_type of a model with a text part of its own -> the family of that part, where it says none that is covered.
+MULTIMODAL = {
+    "gemma3": "gemma3_text",
+    "mistral3": "mistral",
+    "llama4": "llama4_text",
+    "kimi_k25": "kimi_k2",
+    "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_moe",
+}
 
 # Keys whose presence means another kind of model, whatever model_type says.
 FOREIGN = {
@@ -65,8 +72,10 @@ def _text_part(c: Config) -> tuple[Config, int, tuple[str, ...]]:
         return c, 0, ()
     if c.family not in MULTIMODAL or not isinstance(inner, Mapping):
         raise c.error(f"a multimodal model (model_type {c.family!r}) is not covered yet, so there is no prediction")
-    outer = {k: c.values[k] for k in ("torch_dtype", "dtype", "quantization_config") if k in c.values}
-    values = {"model_type": MULTIMODAL[c.family], **outer, **inner}
+    shared = ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings")
+    stated = inner.get("model_type")
+    family = stated if isinstance(stated, str) and stated in FAMILIES else MULTIMODAL[c.family]
+    values = {**{k: c.values[k] for k in shared if k in c.values}, **inner, "model_type": family}
     vision = c.values.get("vision_config")
     if c.family == "gemma3" and isinstance(vision, Mapping):
         return Config(values, c.name), _siglip(Config(vision, c.name), Config(inner, c.name).count("hidden_size")), ()
