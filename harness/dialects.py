@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 import orjson
 
-from harness.endings import ERROR_BYTES, EVENT_BYTES, MESSAGE_CHARS, RUNAWAY, WORD_CHARS, most_bytes, plain
+from harness.endings import (
+    ENDINGS,
+    ERROR_BYTES,
+    EVENT_BYTES,
+    MESSAGE_CHARS,
+    RUNAWAY,
+    WORD_CHARS,
+    most_bytes,
+    name_of,
+    plain,
+)  # fmt: skip
 from harness.records import Floats
 
 APIS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
@@ -158,6 +168,8 @@ def interpret(body: bytes, stamps_s: Sequence[float], ends: Sequence[int], statu
         _interpret(answer, body, stamps_s, ends, status, ending, output_tokens, note, coding)
     except Exception as problem:
         _fail(answer, "client_error", f"{type(problem).__name__}: {problem}", force=True)
+    if answer.error_class and not answer.error:
+        answer.error = ENDINGS[name_of(answer.error_class)][0]
     answer.error = plain(answer.error, secret)
     answer.finish_reason = plain(answer.finish_reason, secret, WORD_CHARS)
     return answer
@@ -171,7 +183,7 @@ def _interpret(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: Seq
         body, ends, problem = decoded(body, ends, coding, most)
     if status >= 200 and status != 200:
         answer.error_class = _status_class(status, body)
-        answer.error = _message(body) or note
+        answer.error = _message(body) or note or f"status {status}, and no words with it"
         return
     if not (stamps_s and body):
         _classify(answer, body, ending if status else _no_status(ending), asked, note)
@@ -414,7 +426,7 @@ def _classify(answer: Answer, body: bytes, ending: str, asked: int, note: str) -
         _fail(answer, "aborted_by_server", f"finish_reason is {answer.finish_reason!r}")
     elif len(answer.arrival_tokens) > RUNAWAY * asked:
         _fail(answer, "runaway", f"{len(answer.arrival_tokens)} events with text for {asked} tokens asked")
-    elif not answer.finish_reason:
+    elif not answer.finish_reason and (answer.text or not answer.done):
         _fail(answer, "truncated", "the stream ended without a finish_reason")
     elif not answer.text:
         _fail(answer, "empty_output", "the answer holds no generated text")

@@ -9,7 +9,8 @@ import re
 
 MESSAGE_CHARS = 4096  # an error's text in a record is cut here
 WORD_CHARS = 40  # a finish reason is a word
-EVENT_BYTES = 2 * 2**20  # one event longer than this is not an answer; eight of them at once fit into memory
+EVENT_BYTES = 2**20  # one event longer than this is not an answer; many of them at once still fit into memory
+KEPT_BYTES = 2**18  # of an answer that was cut for its size
 ERROR_BYTES = 64 * 2**10  # this much of an error's body is read
 HEAD_BYTES = 256 * 2**10  # of header lines and chunk framing, beyond what the content itself explains
 RUNAWAY = 4  # a stream of more than this times the tokens asked for is not an answer
@@ -22,8 +23,8 @@ def most_events(output_tokens: int) -> int:
 
 
 def most_bytes(output_tokens: int) -> int:
-    """Bytes, unpacked, after which an answer is given up: 16 KiB a token is far more than any dialect spends."""
-    return 2 * EVENT_BYTES + 16 * 2**10 * output_tokens
+    """Bytes, unpacked, after which an answer is given up: 4 KiB a token is far more than any dialect spends."""
+    return EVENT_BYTES + 2**16 + 2**12 * output_tokens
 
 
 # class -> (what it means, what to do).  "" is success.  http_STATUS stands for any status but 200.
@@ -94,3 +95,11 @@ def redacted(text: str, *secrets: str) -> str:
         if secret:
             text = re.sub(re.escape(secret), "[redacted]", text, flags=re.IGNORECASE)
     return text
+
+
+_SECRET_NAMES = re.compile(r"(api|access|auth)_?key$|(^|_)key$|(^|_)token$|secret|passw|credential", re.IGNORECASE)
+
+
+def is_secret(name: str) -> bool:
+    """Whether an option or a variable of this name holds a secret: HF_TOKEN does, MAX_BATCHED_TOKENS does not."""
+    return bool(_SECRET_NAMES.search(name.replace("-", "_")))

@@ -59,6 +59,26 @@ class Reading:
     bad_frames: list[int] = field(default_factory=list)
 
 
+def whole_bytes(data: bytes) -> int:
+    """How many bytes of a journal, perhaps cut, are whole frames."""
+    at = len(MAGIC) if data.startswith(MAGIC) else 0
+    while at and at + _FRAME.size <= len(data):
+        end = at + _FRAME.size + _FRAME.unpack_from(data, at)[0]
+        if end > len(data):
+            break
+        at = end
+    return at
+
+
+def current(records: list[Record], events: list[dict[str, Any]]) -> tuple[list[Record], list[dict[str, Any]]]:
+    """What still holds after a run was resumed: a trial that was begun anew has new ids, and what it had before goes."""
+    began = {(e["point"], e["trial"]): (i, e["first_id"]) for i, e in enumerate(events)
+             if e.get("event") == "trial_start" and "first_id" in e}  # fmt: skip
+    kept = [r for r in records if r.id >= began.get((r.point, r.trial), (0, 0))[1]]
+    later = [e for i, e in enumerate(events) if i >= began.get((e.get("point", -1), e.get("trial", -1)), (0, 0))[0]]
+    return kept, later
+
+
 def read(data: bytes, reading: Reading) -> Iterator[Record]:
     """All whole records of a journal, which may be cut at any byte.
 

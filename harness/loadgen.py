@@ -26,6 +26,7 @@ from harness.wire import QUIET_S, Exchange, Target, Wire, clock, connect
 CONNECT_AT_ONCE = 64  # a storm of connections would be refused, and measured
 TICK_S = 0.02  # how often the loop's own lag is looked at
 TIMERS_EVERY = 5  # ticks between looks at the timers of all requests in flight
+GONE_S = 45.0  # a server may restart; one that takes no connection for so long will not come back
 HAND_OVER_S = 0.001  # what has ended is handed to the recorder in small portions, between reads
 HAND_OVER_SHARE = 64  # of the backlog, one part in so many at a time: it is empty within a quarter of a second
 
@@ -89,6 +90,8 @@ class Player:
         self.start_s = 0.0
         self.until_s = float("inf")
         self.stopping = False
+        self.refused_s = NAN  # since when no connection opens
+        self.gone = 0.0  # for how long none did, when that ended the play
         self.refill: Callable[[], bool] = lambda: False
         self.done: asyncio.Future[None] | None = None
         self.tasks: set[asyncio.Task[None]] = set()
@@ -268,12 +271,17 @@ class Player:
             self.opening -= 1
             self.senses.connect_errors += 1
             exchange.end_s = clock()
+            self.refused_s = self.refused_s if self.refused_s == self.refused_s else exchange.end_s
+            if exchange.end_s - self.refused_s > GONE_S and not self.gone:
+                self.gone = exchange.end_s - self.refused_s
+                self.stop()
             exchange.ending = _refusal(problem)
             exchange.note = str(problem) or f"no connection within {self.timers.connect_s} s"
             self._deliver(exchange)
             asyncio.get_running_loop().call_later(0.1, self.pump)  # not at once: a dead server is not to be hammered
             return
         self.opening -= 1
+        self.refused_s = NAN
         self._go(wire, exchange)
 
     def _ended(self, wire: Wire, exchange: Exchange) -> None:
@@ -347,7 +355,7 @@ class Player:
                     wire.finish("timeout_total", f"not over after {timers.total_s:g} s")
                 elif age > timers.first_token_s and not _has_text(exchange):
                     wire.finish("timeout_ttft", f"no text came within {timers.first_token_s:g} s")
-                elif now - last > timers.idle_s:
+                elif now - last > timers.idle_s and _has_text(exchange):
                     wire.finish("timeout_idle", f"silent for {timers.idle_s:g} s")
                 elif now - last > QUIET_S:
                     wire.look(exchange)

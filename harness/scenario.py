@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from harness import units
 from harness.arrivals import ARRIVALS
+from harness.endings import is_secret
 from harness.records import RidgelineError
 
 MAX_BYTES = 1_000_000
@@ -60,7 +61,7 @@ class Engine(Part):
     args: list[str] = []
     """Further arguments of the server, as a list."""
     env: dict[str, str] = {}
-    """Environment variables of the server."""
+    """Environment variables of the server, none that hold a secret: it inherits those of this shell."""
     slots: Annotated[int, Field(ge=1, le=4096)] = 8
     """Sequences that the engine runs at once (llama.cpp)."""
     context_tokens: Annotated[int, Field(ge=16)] | None = None
@@ -71,6 +72,21 @@ class Engine(Part):
     """Port to serve on; 0 picks a free one."""
     ready_timeout_s: Seconds = 900.0
     """How long the engine may take until one real completion came back."""
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Engine:
+        """What stands here goes into the run folder and the process list."""
+        for name in self.env:
+            if is_secret(name):
+                raise ValueError(
+                    f"env.{name}: sounds like a secret; export it in the shell instead, the server inherits it"
+                )
+        for word in self.args:
+            name = word.partition("=")[0]
+            if name.startswith("--") and is_secret(name.removeprefix("--")):
+                raise ValueError(f"args: {name} is a secret in the process list; the server gets the key of --api-key-env or "
+                                 "--api-key-file by its environment")  # fmt: skip
+        return self
 
 
 class Spread(Part):
@@ -263,11 +279,17 @@ class Limits(Part):
     connect_s: Seconds = 10.0
     """For a connection to open."""
     first_token_s: Seconds = 300.0
-    """For the first byte of an answer."""
+    """For the first generated text of an answer."""
     idle_s: Seconds = 60.0
-    """Between two reads."""
+    """Between two reads, once there was text."""
     total_s: Seconds = 900.0
     """For one request."""
+    run_s: Seconds | None = None
+    """For the whole run, engine and preflight included: then it is stopped, and what was measured is kept."""
+    grace_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False), _written("time")] = 5.0
+    """For requests in flight when the run is stopped."""
+    preflight_s: Seconds = 30.0
+    """For the first answer of all; a server that loads its model on demand may need more."""
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of failed requests above which the command ends with exit code 6."""
 
@@ -285,7 +307,9 @@ class Scenario(Part):
     tokenizer: str | None = None
     """A tokenizer.json or its folder; default: the model's folder, then the server's /tokenize, then its usage."""
     api_key_env: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; the key itself never stands in a file."""
+    """The environment variable that holds the key; the key itself never stands here."""
+    api_key_file: str | None = None
+    """A file that holds the key and nothing else, instead of a variable."""
     workload: Workload = Workload()
     client: ClientPart = ClientPart()
     theory: Theory = Theory()

@@ -105,30 +105,71 @@ def create(out: str | None, name: str, results: Path) -> tuple[Path, IO[str]]:
             folder = results / f"{safe}-{stamp}-{i}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115  held as long as the run
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-    except BlockingIOError:
-        raise RidgelineError(f"{folder}: another run is writing here; name another folder by --out") from None
+        return folder, _locked(folder)
     except OSError as problem:
         raise RidgelineError(
             f"{folder}: no run folder can be made here: {problem.strerror}; name another by --out"
         ) from None
-    return folder, lock
 
 
-def load(folder: Path) -> Run:
-    """Read a run folder in whatever state it was left.  Raises RidgelineError if it is none."""
-    path = folder / RUN
+def reopen(folder: Path) -> tuple[Path, IO[str]]:
+    """The locked folder of a run that did not end.  Raises RidgelineError if it is none, or still goes on."""
+    if not (folder / RUN).exists() or not (folder / JOURNAL).exists():
+        raise RidgelineError(f"--resume {folder}: no run that could go on ({RUN} or {JOURNAL} is missing)")
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        return folder, _locked(folder)
+    except OSError as problem:
+        raise RidgelineError(f"--resume {folder}: cannot be written: {problem.strerror}") from None
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The folder's lock, held as long as the run; the system frees it with the process, however that ends."""
+    lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read(20).strip() or "unknown"
+        lock.close()
+        raise RidgelineError(
+            f"{folder}: another run is writing here (process {holder}); name another folder by --out"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def cut_torn(folder: Path) -> None:
+    """Drop a half-written last frame of each journal, so that what is appended can be read."""
+    for path in journals(folder):
+        whole = journal.whole_bytes(path.read_bytes())
+        if whole < path.stat().st_size:
+            os.truncate(path, whole)
+
+
+def journals(folder: Path) -> list[Path]:
+    """All journals of a run: one, or one for each worker beside it."""
+    return sorted(folder.glob(f"{Path(JOURNAL).stem}*{Path(JOURNAL).suffix}"))
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a run folder.  Raises RidgelineError naming it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RidgelineError(
-            f"{folder}: no run here ({RUN} is missing); give the folder that `ridgeline run` named"
+            f"{path.parent}: no run here ({path.name} is missing); give the folder that `ridgeline run` named"
         ) from None
-    except (OSError, ValueError) as problem:
-        raise RidgelineError(f"{path}: cannot be read: {problem}") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise RidgelineError(f"{path}: cannot be read: {str(problem)[:200]}") from None
+
+
+def load(folder: Path, columns: bool = True) -> Run:
+    """Read a run folder in whatever state it was left, by its columns if they are there, else by its journal.  Raises
+    RidgelineError if it is none."""
+    path = folder / RUN
+    run = read_json(path)
     if not isinstance(run, dict) or "schema" not in run:
         raise RidgelineError(f"{path}: not written by Ridgeline (no schema number)")
     if run["schema"] != FORMAT:
@@ -136,7 +177,7 @@ def load(folder: Path) -> Run:
                              f"format {FORMAT}: use that version")  # fmt: skip
     found = Run(folder, run, table([]))
     _load_journal(found)
-    if (folder / PARQUET).exists():
+    if columns and (folder / PARQUET).exists():
         try:
             found.records = read_parquet(folder / PARQUET)
         except (OSError, ValueError, KeyError) as problem:
@@ -146,13 +187,13 @@ def load(folder: Path) -> Run:
 
 
 def _load_journal(run: Run) -> None:
-    """All journals of a run: one, or one for each worker beside it."""
+    """The records and events of all journals, without those of a trial that was begun anew."""
     reading = journal.Reading()
     found: list[Record] = []
-    for path in sorted(run.folder.glob(f"{Path(JOURNAL).stem}*{Path(JOURNAL).suffix}")):
+    for path in journals(run.folder):
         found += journal.read(path.read_bytes(), reading)
+    found, run.events = journal.current(found, reading.events)
     run.records = table(found)
-    run.events = reading.events
     if reading.torn_bytes:
         run.notes.append(f"the journal ends inside a record: its last {reading.torn_bytes} bytes were dropped")
     if reading.bad_frames:

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from harness.endings import ERROR_BYTES, EVENT_BYTES, HEAD_BYTES, most_bytes, most_events
+from harness.endings import ERROR_BYTES, EVENT_BYTES, HEAD_BYTES, KEPT_BYTES, most_bytes, most_events
 from harness.framing import unframe
 from harness.records import NAN, RidgelineError
 
@@ -145,7 +145,7 @@ class Exchange:
     @property
     def begun(self) -> bool:
         """Whether anything came after the head."""
-        return len(self.reads) > self.head_reads
+        return bool(self.status) and len(self.reads) > self.head_reads
 
     def body(self) -> tuple[bytes, list[int]]:
         """The body so far, and how much of it had come with each read."""
@@ -306,19 +306,23 @@ class Wire(asyncio.Protocol):
         body, ends = exchange.body()
         last = 0 if exchange.coding else max(0, *(body.rfind(blank) for blank in BLANK_LINES))
         exchange.since_event = 0 if exchange.coding else len(body) - last
+        ending, note = "", ""
         if exchange.since_event > EVENT_BYTES:
-            exchange.http, starts = False, [0, *ends[:-1]]  # the unfinished event itself is not worth keeping
-            exchange.reads = [body[start : min(end, last + 4)] for start, end in zip(starts, ends, strict=True)]
-            self.finish("event_too_large", f"an event of more than {EVENT_BYTES} bytes")
+            ending, note = "event_too_large", f"an event of more than {EVENT_BYTES} bytes"
         elif exchange.size - FRAMING * len(body) > HEAD_BYTES:
-            self.finish("malformed_http", f"more than {HEAD_BYTES} bytes of framing")
+            ending, note = "malformed_http", f"more than {HEAD_BYTES} bytes of framing"
         elif exchange.size > exchange.max_bytes:
-            self.finish("runaway", f"stopped after {exchange.size} bytes")
+            ending, note = "runaway", f"stopped after {exchange.size} bytes"
+        if ending:  # what is too much is not kept, and its last event is none
+            kept = KEPT_BYTES if exchange.coding else min(last + 4, KEPT_BYTES)
+            exchange.http, starts = False, [0, *ends[:-1]]
+            exchange.reads = [body[start : min(end, kept)] for start, end in zip(starts, ends, strict=True)]
+            self.finish(ending, note)
 
     def send(self, exchange: Exchange) -> None:
         """Write the request now; `sent_s` is the moment after its bytes were handed to the kernel."""
         assert self.transport is not None and self.exchange is None
-        self.exchange, self.complete = exchange, False
+        self.exchange, self.complete, self.streaming = exchange, False, False
         if not self.uses:
             exchange.connect_s, exchange.tls_s = self.connect_s, self.tls_s
         self.uses += 1

@@ -277,6 +277,7 @@ class Crew:
         self.point = self.trial = 0
         self.start_s = 0.0
         self.stopping = False
+        self.gone = 0.0
 
     @classmethod
     async def hire(cls, n: int, ray: str | None, job: Job, key: str, note: Callable[[int, int], None]) -> Crew:

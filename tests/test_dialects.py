@@ -108,9 +108,9 @@ def test_every_ending_has_its_class(expected: str, body: bytes, ending: str) -> 
     [
         (404, b'{"error":{"message":"no such model"}}', ("http_404", "no such model")),
         (503, b"busy", ("http_503", "busy")),
-        (302, b"", ("redirect", "")),
+        (302, b"", ("redirect", "status 302, and no words with it")),
         (400, b'{"message":"maximum context length is 512"}', ("context_length", "maximum context length is 512")),
-        (204, b"", ("http_204", "")),
+        (204, b"", ("http_204", "status 204, and no words with it")),
     ],
 )
 def test_any_status_but_200_is_a_failure_with_the_servers_words(
