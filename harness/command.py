@@ -17,9 +17,7 @@ from harness import redaction, store, summary, units
 from harness.progress import Progress
 from harness.records import RidgelineError
 from harness.scenario import Scenario, load, validate
-from harness.theory import catalogue
-from harness.theory import hardware as rows
-from harness.theory.hardware import Hardware, find, from_row, from_yaml, prices
+from harness.theory.hardware import Hardware, catalogue, find, from_row, from_yaml, prices
 from harness.theory.predict import predict
 from harness.theory.shape import Layers, Model
 
@@ -194,12 +192,13 @@ def model_from(data: Mapping[str, Any]) -> Model:
 
 def _model(theory: Mapping[str, Any], engine: Mapping[str, Any]) -> Model:
     from harness import models
+    from harness.theory.catalogue import find as published
 
     if path := theory["model_config"] or engine.get("model_path"):
         return models.load(path)
     if not engine.get("served"):
         raise RidgelineError("the served model's configuration is not known")
-    model = catalogue.find(str(engine["served"]))
+    model = published(str(engine["served"]))
     note = (
         f"{model.name}: the model is known by the name it is served under, and its weights are taken as {model.dtype}"
     )
@@ -397,4 +396,4 @@ def hardware(name: str | None) -> str:
         listed = [dataclasses.asdict(price) for price in prices(row.name)]
         return json.dumps(store.clean(row.as_dict() | {"prices": listed}), indent=1)
     return "\n".join(f"{row.name:<32} {units.size(row.mem_bytes):>8} {units.bandwidth(row.bytes_per_s):>11}  "
-                     + units.flops(row.flops.get("bf16") or row.flops.get("fp16")) for row in rows.catalogue())  # fmt: skip
+                     + units.flops(row.flops.get("bf16") or row.flops.get("fp16")) for row in catalogue())  # fmt: skip
