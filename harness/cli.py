@@ -194,11 +194,12 @@ def machine(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the row to this file too.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, whatever was stored.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the row as JSON.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Measure the first GPU, through torch or cupy.")] = False,
 ) -> None:
     """Measure this machine's memory bandwidth and matrix FLOPS: its row for predictions."""
     from harness import command
 
-    typer.echo(command.machine(out, fresh, as_json))
+    typer.echo(command.machine(out, fresh, as_json, gpu))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -18,7 +18,7 @@ from harness import redaction, store, summary, units
 from harness.progress import Progress
 from harness.records import RidgelineError, Table
 from harness.scenario import Scenario, load, validate
-from harness.theory.hardware import Hardware, catalogue, find, from_row
+from harness.theory.hardware import Hardware, catalogue, find, from_row, from_yaml, prices
 from harness.theory.predict import predict
 from harness.theory.shape import Layers, Model
 
@@ -105,7 +105,8 @@ def summarise(folder: Path, progress: Progress | None = None, hardware_name: str
     theory = loaded.run["scenario"]["theory"]
     if hardware_name or model_config or "theory" not in loaded.run:
         wanted = dict(theory) | {k: v for k, v in (("hardware", hardware_name), ("model_config", model_config)) if v}
-        loaded.run["theory"] = theory_inputs(wanted, loaded.run.get("engine") or {}, progress or Progress(True))
+        engine = {"served": loaded.run.get("model"), **(loaded.run.get("engine") or {})}
+        loaded.run["theory"] = theory_inputs(wanted, engine, progress or Progress(True))
         store.write_json(folder / store.RUN, loaded.run)
     found = _summary(loaded)
     with contextlib.suppress(RidgelineError):  # a report of a folder that is not ours to write is still a report
@@ -175,7 +176,10 @@ def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress
         model = _model(theory, engine)
     except RidgelineError as problem:
         missing.append(
-            {"saw": f"no prediction: {problem}", "do": "give --model-config a config.json, its folder, or a GGUF file"}
+            {
+                "saw": f"no prediction: {problem}",
+                "do": "give --model-config a config.json, its folder, a GGUF file, or a name of the catalogue",
+            }
         )
     try:
         row = _hardware(theory, engine, model, progress)
@@ -197,11 +201,17 @@ def model_from(data: Mapping[str, Any]) -> Model:
 
 def _model(theory: Mapping[str, Any], engine: Mapping[str, Any]) -> Model:
     from harness import models
+    from harness.theory.catalogue import find as published
 
-    path = theory["model_config"] or engine.get("model_path")
-    if not path:
+    if path := theory["model_config"] or engine.get("model_path"):
+        return models.load(path)
+    if not engine.get("served"):
         raise RidgelineError("the served model's configuration is not known")
-    return models.load(path)
+    model = published(str(engine["served"]))
+    note = (
+        f"{model.name}: the model is known by the name it is served under, and its weights are taken as {model.dtype}"
+    )
+    return dataclasses.replace(model, notes=(*model.notes, note))
 
 
 def _hardware(
@@ -212,8 +222,8 @@ def _hardware(
     name = theory["hardware"]
     if name and name != "machine":
         path = Path(name)
-        if path.suffix == ".json" and path.is_file():
-            return from_row(json.loads(path.read_text(encoding="utf-8")))
+        if path.suffix in (".json", ".yaml", ".yml"):
+            return _row_of(path)
         return find(name)
     if not name and not engine.get("launched"):
         raise RidgelineError("the hardware is not known")
@@ -224,6 +234,17 @@ def _hardware(
         return find(str(gpus[0]["name"] if isinstance(gpus[0], dict) else gpus[0]))
     working_set = model.weight_bytes(theory["dtype"]) if model else None
     return from_row(machine.row(working_set, progress.line))
+
+
+def _row_of(path: Path) -> Hardware:
+    """The one hardware row in a file: JSON is YAML too."""
+    try:
+        rows = from_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RidgelineError(f"hardware file {path}: {getattr(error, 'strerror', None) or error}") from error
+    if len(rows) != 1:
+        raise RidgelineError(f"hardware file {path}: it has {len(rows)} rows, and one is needed here")
+    return rows[0]
 
 
 def report(folders: Sequence[Path], page: Path, hardware_name: str | None, model_config: str | None,
@@ -348,10 +369,11 @@ def _predicted_text(inputs: Mapping[str, Any], scenario: Scenario, batch: int) -
     )
 
 
-def machine(out: Path | None, fresh: bool, as_json: bool) -> str:
+def machine(out: Path | None, fresh: bool, as_json: bool, gpu: bool) -> str:
     from harness import machine as this
+    from harness import machine_gpu
 
-    row = this.row(None, Progress().line, fresh=fresh)
+    row = machine_gpu.row() if gpu else this.row(None, Progress().line, fresh=fresh)
     text = json.dumps(store.clean(row), indent=1)
     if out:
         store.write_text(out, text + "\n")
@@ -379,6 +401,8 @@ def selftest(streams: Sequence[int], as_json: bool) -> str:
 
 def hardware(name: str | None) -> str:
     if name:
-        return json.dumps(store.clean(find(name).as_dict()), indent=1)
+        row = find(name)
+        listed = [dataclasses.asdict(price) for price in prices(row.name)]
+        return json.dumps(store.clean(row.as_dict() | {"prices": listed}), indent=1)
     return "\n".join(f"{row.name:<32} {units.size(row.mem_bytes):>8} {units.bandwidth(row.bytes_per_s):>11}  "
                      + units.flops(row.flops.get("bf16") or row.flops.get("fp16")) for row in catalogue())  # fmt: skip

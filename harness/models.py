@@ -1,25 +1,28 @@
-"""The model's configuration from the disk: a folder, a config.json or a GGUF file -> Model."""
+"""The model's configuration: a folder, a config.json or a GGUF file from the disk, or a name of the catalogue -> Model."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from harness.records import RidgelineError
-from harness.theory import architecture, gguf
+from harness.theory import architecture, catalogue, gguf
 
 MAX_CONFIG_BYTES = 10 * 2**20
 
 
 def load(path: str | Path, name: str = "") -> architecture.Model:
-    """The Model of a folder with config.json (or one .gguf file), of a config.json, or of a .gguf file.
+    """The Model of a folder with config.json (or one .gguf file), of a config.json, of a .gguf file, or of this name.
 
-    `name` is what reports call it; without one it is the folder's or file's name.  Raises RidgelineError where nothing
-    can be read or the architecture is not covered.
+    What is no path on the disk is looked up in the catalogue.  `name` is what reports call it; without one it is the
+    folder's or file's name.  Raises RidgelineError where nothing can be read or the architecture is not covered.
     """
-    path = Path(path)
+    asked, path = str(path), Path(path)
     try:
+        if path.suffix not in (".json", ".gguf") and not path.exists():
+            return replace(model := catalogue.find(asked), name=name or model.name)
         found = _file(path)
         name = name or (found.stem if found.suffix == ".gguf" else found.absolute().parent.name)
         return _gguf(found, name) if found.suffix == ".gguf" else _config(found, name)
@@ -30,9 +33,7 @@ def load(path: str | Path, name: str = "") -> architecture.Model:
 def _file(path: Path) -> Path:
     if not path.is_dir():
         if path.suffix not in (".json", ".gguf"):
-            raise RidgelineError(
-                f"model configuration {path}: give a folder, a config.json or a .gguf file that exists"
-            )
+            raise RidgelineError(f"model configuration {path}: give a folder, a config.json or a .gguf file")
         return path
     if (path / "config.json").exists():
         return path / "config.json"
@@ -44,6 +45,16 @@ def _file(path: Path) -> Path:
 
 
 def _config(path: Path, name: str) -> architecture.Model:
+    config = _json(path)
+    beside = path.with_name("hf_quant_config.json")  # where NVIDIA's ModelOpt says how it quantized the weights
+    if "quantization_config" not in config and beside.exists():
+        stated = _json(beside).get("quantization")
+        if isinstance(stated, dict):
+            config["quantization_config"] = {"quant_method": "modelopt", **stated}
+    return architecture.from_config(config, name)
+
+
+def _json(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         data = file.read(MAX_CONFIG_BYTES + 1)
     if len(data) > MAX_CONFIG_BYTES:
@@ -54,7 +65,7 @@ def _config(path: Path, name: str) -> architecture.Model:
         raise RidgelineError(f"model configuration {path}: not JSON ({str(error)[:100]})") from error
     if not isinstance(config, dict):
         raise RidgelineError(f"model configuration {path}: expected a JSON object, as Hugging Face's config.json is")
-    return architecture.from_config(config, name)
+    return config
 
 
 def _gguf(path: Path, name: str) -> architecture.Model:

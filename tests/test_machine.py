@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import machine
+from harness import machine, machine_gpu
+from harness.records import RidgelineError
 from harness.theory.hardware import from_row
 
 ROOT = Path(__file__).parent.parent
@@ -140,3 +141,29 @@ def test_the_disk_is_read_past_the_page_cache(tmp_path: Path) -> None:
     (tmp_path / "small").write_bytes(b"x")
     assert np.isnan(machine.disk_bytes_per_s(tmp_path / "small"))
     assert np.isnan(machine.disk_bytes_per_s(tmp_path / "nothing"))
+
+
+def test_a_gpu_is_measured_through_an_array_library_and_numpy_is_one() -> None:
+    types = {"fp32": np.float32, "fp64": np.float64}
+    arrays = machine_gpu.Arrays(
+        device="Numpy One",
+        mem_bytes=8e9,
+        library="numpy",
+        dtypes=tuple(types),
+        make=lambda n, dtype: np.random.default_rng(0).random((n, n)).astype(types[dtype]),
+        product=lambda left, right, out: np.matmul(left, right, out=out),
+        copy=np.copyto,
+        wait=lambda: None,
+    )
+    found = machine_gpu.measure(arrays, 0.3, n=256, set_bytes=64 * machine.MIB)
+    assert 5e8 < found["bytes_per_s"] < 1e12
+    assert 1e8 < found["flops"]["fp64"] < found["flops"]["fp32"] * 2 < 1e14
+    del found["flops"]["fp64"]
+    assert from_row(found).measured
+
+
+def test_without_a_gpu_that_can_be_measured_the_command_says_what_to_do() -> None:
+    try:
+        assert machine_gpu.row(1.0)["measured"]
+    except RidgelineError as error:
+        assert "torch or cupy" in str(error)

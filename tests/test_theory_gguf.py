@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from harness import models
 from harness.records import RidgelineError
-from harness.theory import gguf
-from harness.theory.architecture import from_gguf
+from harness.theory import catalogue, gguf
+from harness.theory.architecture import from_config, from_gguf
 
 U32, STRING, ARRAY = 4, 8, 9
 F32, Q4_1, Q6_K = 0, 3, 14
@@ -111,12 +111,98 @@ def test_heads_may_differ_by_layer():
     assert [(g.count, g.kv_heads) for g in model.groups] == [(2, 3), (1, 1)]
 
 
+def as_gguf(config: dict, arch: str, metadata: dict, layer: list[dict], tied: bool) -> tuple[dict, list]:
+    """A header with these tensors of each layer; the configuration gives what every file has."""
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    named = {
+        "block_count": len(layer),
+        "embedding_length": hidden,
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+    }
+    tensors = [("token_embd.weight", (hidden, vocab), F32), ("output_norm.weight", (hidden,), F32)]
+    tensors += [] if tied else [("output.weight", (hidden, vocab), F32)]
+    for i, shapes in enumerate(layer):
+        tensors += [(f"blk.{i}.{name}", shape, F32) for name, shape in shapes.items()]
+    return {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in (named | metadata).items()}}, tensors
+
+
+def both(id: str) -> tuple[dict, object]:
+    entry = next(e for e in catalogue.entries() if e.id == id)
+    return entry.config, from_config({k: v for k, v in entry.config.items() if k != "quantization_config"})
+
+
+def test_experts_in_a_gguf_are_those_of_the_configuration():
+    config, model = both("openai/gpt-oss-20b")
+    h, f, e, q, kv = 2880, 2880, 32, 4096, 512
+    layer = {"attn_norm.weight": (h,), "post_attention_norm.weight": (h,), "attn_sinks.weight": (64,)}
+    for name, n in (("q", q), ("k", kv), ("v", kv)):
+        layer |= {f"attn_{name}.weight": (h, n), f"attn_{name}.bias": (n,)}
+    layer |= {"attn_output.weight": (q, h), "attn_output.bias": (h,)}
+    layer |= {"ffn_gate_inp.weight": (h, e), "ffn_gate_inp.bias": (e,)}
+    layer |= {f"ffn_{n}_exps.{end}": (*shape, e) for n in ("gate", "up") for end, shape in
+              {"weight": (h, f), "bias": (f,)}.items()} | {"ffn_down_exps.weight": (f, h, e), "ffn_down_exps.bias": (h, e)}  # fmt: skip
+    metadata = {"expert_count": e, "expert_used_count": 4, "attention.sliding_window": 128, "attention.key_length": 64}
+    found = from_gguf(*as_gguf(config, "gpt-oss", metadata, [layer] * 24, tied=False))
+    assert found.params_by_part == model.params_by_part
+    assert found.active_params == model.active_params
+    assert found.matmul_flops_per_token == model.matmul_flops_per_token
+    assert found.kv_bytes(1000.0) == model.kv_bytes(1000.0)
+    share = found.bytes_by_part()["experts"]
+    assert found.weight_bytes() - found.read_bytes() == pytest.approx(
+        share * 28 / 32 + found.bytes_by_part()["embedding"]
+    )
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["older files", "newer files"])
+def test_latent_attention_in_a_gguf_is_that_of_the_configuration(split):
+    config, model = both("deepseek-ai/DeepSeek-V2-Lite")
+    h, heads, rank, rope, nope, value, e, f = 2048, 16, 512, 64, 128, 128, 64, 1408
+    attention = {
+        "attn_norm.weight": (h,),
+        "ffn_norm.weight": (h,),
+        "attn_q.weight": (h, heads * (nope + rope)),
+        "attn_kv_a_mqa.weight": (h, rank + rope),
+        "attn_kv_a_norm.weight": (rank,),
+        "attn_output.weight": (heads * value, h),
+    }
+    if split:
+        attention |= {"attn_k_b.weight": (nope, rank, heads), "attn_v_b.weight": (rank, value, heads)}
+        widths = {"key_length": rank + rope, "value_length": rank, "key_length_mla": 192, "value_length_mla": 128}
+    else:
+        attention |= {"attn_kv_b.weight": (rank, heads * (nope + value))}
+        widths = {"key_length": nope + rope, "value_length": value}
+    dense = {"ffn_gate.weight": (h, 10944), "ffn_up.weight": (h, 10944), "ffn_down.weight": (10944, h)}
+    routed = {"ffn_gate_inp.weight": (h, e)}
+    routed |= {f"ffn_{n}_exps.weight": (h, f, e) for n in ("gate", "up", "down")}
+    routed |= {f"ffn_{n}_shexp.weight": (h, 2 * f) for n in ("gate", "up", "down")}
+    metadata = {f"attention.{k}": v for k, v in widths.items()} | {
+        "attention.kv_lora_rank": rank,
+        "rope.dimension_count": rope,
+        "expert_count": e,
+        "expert_used_count": 6,
+    }
+    layers = [attention | dense] + [attention | routed] * 26
+    found = from_gguf(*as_gguf(config, "deepseek2", metadata, layers, tied=False))
+    assert found.params_by_part == model.params_by_part
+    assert found.groups == model.groups
+
+
+def test_experts_that_do_not_divide_are_refused():
+    metadata, tensors = smollm2(2)
+    experts = [("blk.0.ffn_up_exps.weight", (576, 100, 3), F32), ("blk.1.ffn_up_exps.weight", (576, 100, 3), F32)]
+    with pytest.raises(RidgelineError, match="expert_count 0"):
+        from_gguf(metadata, tensors + experts)
+    with pytest.raises(RidgelineError, match="expert_count 7"):
+        from_gguf(metadata | {"llama.expert_count": 7, "llama.expert_used_count": 2}, tensors + experts)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"general.architecture": "mamba"}, "mamba"),
         ({"general.architecture": 7}, "architecture"),
-        ({"llama.expert_count": 8}, "mixture of experts"),
+        ({"llama.expert_count": 2, "llama.expert_used_count": 4}, "expert_used_count"),
         ({"llama.block_count": 4}, "block_count"),
         ({"llama.embedding_length": 577}, "embedding_length"),
         ({"llama.attention.head_count": "nine"}, "head_count"),

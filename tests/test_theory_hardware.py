@@ -47,7 +47,7 @@ def test_the_rows_that_the_articles_need_are_there():
     assert hardware.find("T4").bytes_per_s == 320e9
 
 
-@pytest.mark.parametrize("name", ["T4", "A10", "RTX-3090", "B300-SXM"])
+@pytest.mark.parametrize("name", ["T4", "A10", "RTX-3090", "B200-SXM", "B300-SXM", "EPYC-9654"])
 def test_disputed_and_unverified_values_say_so(name):
     assert any("disputed" in c or "unverified" in c for c in hardware.find(name).caveats)
 
@@ -67,6 +67,21 @@ def test_disputed_and_unverified_values_say_so(name):
         ("Tesla T4", "T4"),
         ("NVIDIA GeForce RTX 4090", "RTX-4090"),
         ("AMD Instinct MI300X", "MI300X"),
+        ("A100-80GB-SXM", "A100-SXM-80GB"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX-PRO-6000-Blackwell-Server"),
+        ("Intel(R) Arc(TM) Pro B60 Graphics", "Arc-Pro-B60"),
+        ("AMD EPYC 9654 96-Core Processor", "EPYC-9654"),
+        ("b300_sxm", "B300-SXM"),
+        ("MI250-GCD", "MI250-GCD"),
+        ("Max1550-PVC", "Max-1550-PVC"),
+        ("Gaudi2", "Gaudi2"),
+        ("GH200-96GB", "GH200-96GB"),
+        ("RTX-PRO-6000", "RTX-PRO-6000-Blackwell-Server"),
+        ("NVIDIA H200 141GB HBM3e", "H200-SXM"),
+        ("NVIDIA H100 SXM5 80GB HBM3", "H100-SXM-80GB"),
+        ("GeForce RTX 4090 24GB", "RTX-4090"),
+        ("AMD Instinct MI300X OAM 192GB", "MI300X"),
+        ("B200 192GB", "B200-SXM"),
     ],
 )
 def test_a_name_or_an_alias_finds_its_row(asked, row):
@@ -88,8 +103,76 @@ def test_an_ambiguous_name_is_refused_with_its_variants(asked, variants):
 def test_an_unknown_name_lists_near_ones():
     with pytest.raises(RidgelineError, match="H100-SXM-80GB"):
         hardware.find("H100-SMX-80GB")
-    with pytest.raises(RidgelineError, match="ridgeline machine"):
-        hardware.find("abacus")
+    for name in ("abacus", "", "gpu", "H200-80GB", "RTX 4090 48GB", "L40 S", "MI300X mk 2"):
+        with pytest.raises(RidgelineError, match="ridgeline machine"):
+            hardware.find(name)
+
+
+@pytest.mark.parametrize(("asked", "row"), [("A100", "A100-SXM-80GB"), ("H100", "H100-SXM-80GB"), ("T4", "T4")])
+def test_the_usual_variant_of_an_ambiguous_name_says_that_it_was_assumed(asked, row):
+    found = hardware.usual(asked)
+    assert found.name == row
+    assert any("assumed" in caveat and repr(asked) in caveat for caveat in found.caveats) == (asked != row)
+
+
+def test_prices_carry_their_kind_source_and_date():
+    kinds = {price.kind for row in ROWS for price in hardware.prices(row.name)}
+    assert kinds == {"list", "on-demand", "3-year TCO model"}
+    assert all(price.source and price.date for row in ROWS for price in hardware.prices(row.name))
+    assert [p.usd_per_h for p in hardware.prices("A10")] == [1.2072, 1.29]
+    assert hardware.find("A10").usd_per_h == 1.2072
+    assert "2023" in hardware.find("A10").price_source
+    assert math.isnan(hardware.find("MI300X").usd_per_h), "a cost of ownership is no price"
+
+
+def test_every_kind_of_hardware_is_there():
+    assert {row.vendor for row in ROWS} >= {"NVIDIA", "AMD", "Intel", "Google", "AWS", "Apple"}
+    assert {"TPU-v5e", "Gaudi3", "MI300X", "Apple-M4-Max-40c", "EPYC-9654", "Xeon-8480+"} <= {row.name for row in ROWS}
+
+
+USER = """
+- name: my-card
+  flops: {bf16: 100T, fp8: 200e12}
+  mem: 48 GB
+  bandwidth: 1.5 TB/s
+  link: 50GB/s
+  tdp_w: 300
+  usd_per_h: 0.9
+- name: our H100
+  like: H100-SXM
+  usd_per_h: 1.75
+"""
+
+
+def test_rows_of_the_user_are_read_with_units_or_like_another():
+    mine, ours = hardware.from_yaml(USER, "mine.yaml")
+    assert (mine.flops, mine.mem_bytes, mine.bytes_per_s) == ({"bf16": 100e12, "fp8": 200e12}, 48e9, 1.5e12)
+    assert (mine.link_for(8), mine.tdp_w, mine.usd_per_h, mine.source) == (50e9, 300, 0.9, "mine.yaml")
+    assert not mine.measured
+    known = hardware.find("H100-SXM")
+    assert (ours.name, ours.usd_per_h, ours.flops, ours.tdp_w) == ("our H100", 1.75, known.flops, known.tdp_w)
+    assert hardware.from_yaml("{like: T4}", "a.yaml")[0].name == "T4 (a.yaml)"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "expected a hardware row"),
+        ("- 5", "expected a hardware row"),
+        ("a: [", "not YAML"),
+        ("[" * 5000, "not YAML"),
+        ("name: x", "flops"),
+        ("{like: H100-SMX}", "H100"),
+        ("{like: T4, mem: 16 cows}", "mem_bytes"),
+        ("{like: T4, flops: {fp16: fast}}", "flops.fp16"),
+        ("{like: T4, flops: {fp17: 1}}", "fp17"),
+        ("{like: T4, wheels: 4}", "wheels"),
+    ],
+)
+def test_a_wrong_row_of_the_user_is_refused_where_it_stands(text, named):
+    with pytest.raises(RidgelineError, match=named) as error:
+        hardware.from_yaml(text, "mine.yaml")
+    assert str(error.value).startswith("mine.yaml")
 
 
 def test_a_bridge_joins_two_and_more_talk_over_pcie():

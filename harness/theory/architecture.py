@@ -1,262 +1,189 @@
 """A model's configuration -> Model: the config.json of a Hugging Face folder, or (`from_gguf`) a GGUF header.
 
-Dense decoders only: what is not covered (mixture of experts, latent attention, state spaces, encoders) is refused by
-name, because a guess would look like a prediction.
+What is not covered (state spaces, linear attention, encoders, cross attention) is refused by name, because a guess would
+look like a prediction.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from harness.theory.config import Config
+from harness.theory.families import FAMILIES, Experts, Latent, Spec
 from harness.theory.gguf_model import from_gguf
-from harness.theory.shape import BITS, INT4_GROUP, WHOLE, Layers, Model, bytes_by_part, dtype_named
+from harness.theory.shape import BITS, INT4_GROUP, QUANTIZED, WHOLE, Layers, Model, bytes_by_part, dtype_named
 
 __all__ = ["FAMILIES", "Model", "from_config", "from_gguf"]
 
-
-@dataclass(frozen=True, slots=True)
-class _Dense:
-    """What tells the dense families apart."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    tied: bool
-    gated: bool = True
-    qkv_bias: bool = False
-    out_bias: bool = False
-    ffn_bias: bool = False
-    head_bias: bool = False
-    qk_norm: int = 0  # parameters of the query and key norms of a layer
-    norms: int = 2  # norms a layer, without these
-    norm_bias: bool = False
-    positions: int = 0  # entries of a learned position table
-    windows: tuple[int, ...] = ()  # by layer; empty: none
-
-
-def _llama(c: Config) -> _Dense:
-    hidden, heads = c.count("hidden_size"), c.count("num_attention_heads")
-    return _Dense(
-        layers=c.count("num_hidden_layers"),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=c.count("num_key_value_heads", default=heads),
-        head_dim=c.count("head_dim", default=max(1, hidden // heads)),
-        ffn=c.count("intermediate_size"),
-        vocab=c.count("vocab_size"),
-        tied=c.flag("tie_word_embeddings", False),
-        qkv_bias=c.flag("attention_bias", False),
-        out_bias=c.flag("attention_bias", False),
-        ffn_bias=c.flag("mlp_bias", False),
-    )
-
-
-def _mistral(c: Config) -> _Dense:
-    return replace(_llama(c), windows=_windows(c, lambda i: True))
-
-
-def _qwen2(c: Config) -> _Dense:
-    # transformers: the first max_window_layers layers attend to everything.
-    first = c.values.get("max_window_layers")
-    full = first if isinstance(first, int) else 0
-    windows = _windows(c, lambda i: i >= full) if c.flag("use_sliding_window", False) else ()
-    return replace(_llama(c), qkv_bias=True, out_bias=False, windows=windows)
-
-
-def _qwen3(c: Config) -> _Dense:
-    biased = c.flag("attention_bias", False)
-    shape = _qwen2(c)
-    return replace(shape, qkv_bias=biased, out_bias=biased, qk_norm=2 * shape.head_dim)
-
-
-def _gemma(c: Config) -> _Dense:
-    return replace(_llama(c), tied=c.flag("tie_word_embeddings", True))
-
-
-def _gemma2(c: Config) -> _Dense:
-    return replace(_gemma(c), norms=4, windows=_windows(c, lambda i: i % 2 == 0))
-
-
-def _phi3(c: Config) -> _Dense:
-    return replace(_llama(c), qkv_bias=False, out_bias=False, windows=_windows(c, lambda i: True))
-
-
-def _gpt2(c: Config) -> _Dense:
-    hidden, heads = c.count("n_embd", "hidden_size"), c.count("n_head", "num_attention_heads")
-    return _Dense(
-        layers=c.count("n_layer", "num_hidden_layers"),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=max(1, hidden // heads),
-        ffn=c.count("n_inner", default=4 * hidden),
-        vocab=c.count("vocab_size"),
-        tied=c.flag("tie_word_embeddings", True),
-        gated=False,
-        qkv_bias=True,
-        out_bias=True,
-        ffn_bias=True,
-        norm_bias=True,
-        positions=c.count("n_positions", "n_ctx"),
-    )
-
-
-def _gptj(c: Config) -> _Dense:
-    shape = replace(_gpt2(c), tied=c.flag("tie_word_embeddings", False), positions=0, norms=1)
-    return replace(shape, qkv_bias=False, out_bias=False, head_bias=True)
-
-
-def _opt(c: Config) -> _Dense:
-    shape = _llama(Config({"intermediate_size": c.values.get("ffn_dim"), **c.values}, c.name))
-    if c.values.get("word_embed_proj_dim", shape.hidden) != shape.hidden or not c.flag("do_layer_norm_before", True):
-        raise c.error("OPT with a projected embedding or norms after the layer (opt-350m) is not covered yet")
-    biased = c.flag("enable_bias", True)
-    shape = replace(shape, kv_heads=shape.heads, tied=c.flag("tie_word_embeddings", True), gated=False, norm_bias=True)
-    # Its position table has two rows more than positions.
-    positions = c.count("max_position_embeddings") + 2
-    return replace(shape, qkv_bias=biased, out_bias=biased, ffn_bias=biased, positions=positions)
-
-
-def _falcon(c: Config) -> _Dense:
-    hidden, heads = c.count("hidden_size", "n_embed"), c.count("num_attention_heads", "n_head")
-    new = c.flag("new_decoder_architecture", False)
-    kv_heads = (
-        c.count("num_kv_heads", "n_head_kv", default=heads) if new else 1 if c.flag("multi_query", True) else heads
-    )
-    parallel = new or c.flag("parallel_attn", True)
-    biased = c.flag("bias", False)
-    return _Dense(
-        layers=c.count("num_hidden_layers", "n_layer"),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=max(1, hidden // heads),
-        ffn=c.count("ffn_hidden_size", default=4 * hidden),
-        vocab=c.count("vocab_size"),
-        tied=c.flag("tie_word_embeddings", True),
-        gated=False,
-        qkv_bias=biased,
-        out_bias=biased,
-        ffn_bias=biased,
-        norms=c.count("num_ln_in_parallel_attn", default=2) if new else 1 if parallel else 2,
-        norm_bias=True,
-    )
-
-
-# model_type -> what its configuration means.
-FAMILIES: dict[str, Callable[[Config], _Dense]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "gemma": _gemma,
-    "gemma2": _gemma2,
-    "phi3": _phi3,
-    "gpt2": _gpt2,
-    "gptj": _gptj,
-    "opt": _opt,
-    "falcon": _falcon,
+# model_type of a model with a text part of its own -> the family of that part, where it says none that is covered.
+MULTIMODAL = {
+    "gemma3": "gemma3_text",
+    "mistral3": "mistral",
+    "llama4": "llama4_text",
+    "kimi_k25": "kimi_k2",
+    "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_moe",
 }
 
 # Keys whose presence means another kind of model, whatever model_type says.
 FOREIGN = {
-    "num_local_experts": "mixture of experts",
-    "num_experts": "mixture of experts",
-    "n_routed_experts": "mixture of experts",
-    "moe_num_experts": "mixture of experts",
-    "kv_lora_rank": "latent attention (MLA)",
     "cross_attention_layers": "cross attention",
-    "text_config": "a multimodal model",
-    "vision_config": "a multimodal model",
     "encoder_layers": "an encoder",
     "ssm_cfg": "a state-space model",
+    "linear_num_value_heads": "linear attention",
 }
-
-
-def _windows(c: Config, slides: Callable[[int], bool]) -> tuple[int, ...]:
-    """The window of each layer, 0 for none: from `layer_types` where the configuration lists them, else by rule."""
-    window = c.values.get("sliding_window")
-    if window in (None, 0, -1):
-        return ()
-    window, layers = c.count("sliding_window"), c.count("num_hidden_layers")
-    types = c.values.get("layer_types")
-    if isinstance(types, list) and len(types) == layers:
-        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
-    return tuple(window if slides(i) else 0 for i in range(layers))
 
 
 def from_config(config: Mapping[str, Any], name: str = "") -> Model:
     """A Model from the content of config.json.
 
+    Of a multimodal model it is the part that generates text, with its vision tower's parameters where they are known.
     Raises RidgelineError for a family that is not covered, a missing or absurd value, or an unknown quantization.
     """
     c = Config(config, name or str(config.get("_name_or_path") or "") or "config.json")
+    text, other, notes = _text_part(c)
     for key, kind in FOREIGN.items():
-        if config.get(key) not in (None, 0, 1, [], {}):
+        if text.values.get(key) not in (None, 0, 1, [], {}):
             raise c.error(f"{kind} ({key}, model_type {c.family!r}) is not covered yet, so there is no prediction")
-    if c.family not in FAMILIES:
-        known = ", ".join(FAMILIES)
+    if text.family not in FAMILIES:
+        known = ", ".join(sorted({*FAMILIES, *MULTIMODAL}))
         raise c.error(
-            f"model_type {c.family or None!r} is not covered yet, so there is no prediction; covered: {known}"
+            f"model_type {text.family or None!r} is not covered yet, so there is no prediction; covered: {known}"
         )
-    shape = FAMILIES[c.family](c)
-    if shape.heads % shape.kv_heads:
-        raise c.error(f"{shape.heads} attention heads cannot share {shape.kv_heads} KV heads evenly")
-    if shape.layers > 10_000:
-        raise c.error(f"{shape.layers} layers: more than 10000 cannot be right")
-    return _with_storage(_build(c, shape), c)
+    spec = FAMILIES[text.family](text)
+    if any(spec.heads % n for n in (*spec.layer_kv_heads, spec.kv_heads)):
+        raise c.error(f"{spec.heads} attention heads cannot share {spec.kv_heads} KV heads evenly")
+    if spec.layers > 10_000:
+        raise c.error(f"{spec.layers} layers: more than 10000 cannot be right")
+    if spec.experts and spec.experts.per_token > spec.experts.count:
+        raise c.error(f"{spec.experts.per_token} experts for a token of {spec.experts.count} experts cannot be right")
+    return _with_storage(_build(text, spec, other, notes), text)
 
 
-def _build(c: Config, s: _Dense) -> Model:
-    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    attention = s.hidden * (q + 2 * kv) + q * s.hidden
-    ffn = (3 if s.gated else 2) * s.hidden * s.ffn
+def _text_part(c: Config) -> tuple[Config, int, tuple[str, ...]]:
+    """(configuration of the text part, parameters of the others as far as they are known, notes)."""
+    inner = c.values.get("text_config")
+    if inner is None and c.values.get("vision_config") is None:
+        return c, 0, ()
+    if c.family not in MULTIMODAL or not isinstance(inner, Mapping):
+        raise c.error(f"a multimodal model (model_type {c.family!r}) is not covered yet, so there is no prediction")
+    shared = ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings")
+    stated = inner.get("model_type")
+    family = stated if isinstance(stated, str) and stated in FAMILIES else MULTIMODAL[c.family]
+    values = {**{k: c.values[k] for k in shared if k in c.values}, **inner, "model_type": family}
+    vision = c.values.get("vision_config")
+    if c.family == "gemma3" and isinstance(vision, Mapping):
+        return Config(values, c.name), _siglip(Config(vision, c.name), Config(inner, c.name).count("hidden_size")), ()
+    note = f"{c.name}: the vision tower's weights are not counted"
+    return Config(values, c.name), 0, (note,)
+
+
+def _siglip(c: Config, text_hidden: int) -> int:
+    """Parameters of Gemma 3's vision tower (SigLIP) and of its projection into the text."""
+    hidden, ffn, patch = c.count("hidden_size"), c.count("intermediate_size"), c.count("patch_size")
+    layer = 4 * hidden * (hidden + 1) + 2 * hidden * ffn + ffn + hidden + 4 * hidden
+    patches = (c.count("image_size") // patch) ** 2
+    tower = 3 * patch * patch * hidden + hidden + patches * hidden + c.count("num_hidden_layers") * layer + 2 * hidden
+    return tower + hidden * text_hidden + hidden
+
+
+def _build(c: Config, s: Spec, other: int, notes: tuple[str, ...]) -> Model:
     norm = s.hidden * (2 if s.norm_bias else 1)
-    one = Layers(
-        count=1,
-        attention=attention + (q + 2 * kv) * s.qkv_bias + s.hidden * s.out_bias + s.qk_norm,
-        attention_matmul=attention,
-        ffn=ffn + ((2 if s.gated else 1) * s.ffn + s.hidden) * s.ffn_bias,
-        ffn_matmul=ffn,
-        norms=s.norms * norm,
-        heads=s.heads,
-        kv_heads=s.kv_heads,
-        head_dim=s.head_dim,
-    )
+    layers = Counter(_layer(s, i, norm) for i in range(s.layers))
     return Model(
         name=c.name,
         family=c.family,
-        groups=_grouped(one, s.windows or (0,) * s.layers),
+        groups=tuple(replace(one, count=n) for one, n in layers.items()),
         hidden=s.hidden,
         vocab=s.vocab,
         tied=s.tied,
         positions=s.positions * s.hidden,
-        final_norm=norm,
+        final_norm=norm * (2 if s.embedding_norm else 1),
         head_bias=s.vocab if s.head_bias else 0,
         dtype="",
         stored_bytes={},
-        max_context=c.count("max_position_embeddings", "n_positions", "n_ctx", default=0),
+        max_context=c.count("max_position_embeddings", "n_positions", "n_ctx", "seq_length", default=0),
+        notes=notes,
+        other=other,
     )
 
 
-def _grouped(one: Layers, windows: Sequence[int]) -> tuple[Layers, ...]:
-    return tuple(replace(one, count=windows.count(w), window=w) for w in dict.fromkeys(windows))
+def _layer(s: Spec, i: int, norm: int) -> Layers:
+    kv_heads = s.layer_kv_heads[i] if s.layer_kv_heads else s.kv_heads
+    keeps = s.keeps_kv[i] if s.keeps_kv else True
+    experts = s.experts if s.experts and (s.routed[i] if s.routed else True) else None
+    ffn = (3 if s.gated else 2) * s.hidden * s.ffn
+    ffn_bias = ((2 if s.gated else 1) * s.ffn + s.hidden) * s.ffn_bias
+    attention, biases = _mla(s, s.latent) if s.latent else _attention(s, kv_heads, keeps)
+    layer = Layers(
+        count=1,
+        attention=attention + biases + s.attention_extra,
+        attention_matmul=attention,
+        ffn=ffn + ffn_bias,
+        ffn_matmul=ffn,
+        norms=s.norms * norm,
+        heads=s.heads,
+        kv_heads=1 if s.latent else kv_heads,
+        head_dim=s.head_dim,
+        window=s.windows[i] if s.windows else 0,
+        keeps_kv=keeps,
+    )
+    if s.latent:
+        kept = s.latent.rank + s.latent.rope
+        layer = replace(layer, value_dim=s.latent.value, latent=kept, rope_dim=s.latent.rope)
+    return _routed(layer, s, experts) if experts else layer
+
+
+def _attention(s: Spec, kv_heads: int, keeps: bool) -> tuple[int, int]:
+    """(entries of the matrices, biases); a layer that uses another's cache has no keys and values of its own."""
+    q, kv = s.heads * s.head_dim, kv_heads * s.head_dim * keeps
+    return s.hidden * (q + 2 * kv) + q * s.hidden, (q + 2 * kv) * s.qkv_bias + s.hidden * s.out_bias
+
+
+def _mla(s: Spec, m: Latent) -> tuple[int, int]:
+    """(entries of the matrices, norms of the latents)."""
+    q = s.heads * (m.nope + m.rope)
+    queries = (s.hidden + q) * m.query_rank if m.query_rank else s.hidden * q
+    keys = s.hidden * (m.rank + m.rope) + m.rank * s.heads * (m.nope + m.value)
+    return queries + keys + s.heads * m.value * s.hidden, m.query_rank + m.rank
+
+
+def _routed(layer: Layers, s: Spec, e: Experts) -> Layers:
+    """The layer with routed experts in place of its FFN."""
+    matrices = 3 if s.gated else 2
+    expert, router = matrices * s.hidden * e.ffn, s.hidden * e.count
+    gate = s.hidden * e.shared_gate
+    shared = matrices * s.hidden * e.shared_ffn + gate
+    return replace(
+        layer,
+        ffn=shared,
+        ffn_matmul=shared,
+        experts=e.count,
+        experts_per_token=e.per_token,
+        expert=expert + ((matrices - 1) * e.ffn + s.hidden) * e.bias,
+        expert_matmul=expert,
+        router=router + e.count * e.router_bias,
+        router_matmul=router,
+    )
 
 
 def _with_storage(model: Model, c: Config) -> Model:
     """The model with dtype and bytes: from torch_dtype (or dtype), and quantization_config where there is one."""
     stated = c.values.get("torch_dtype") or c.values.get("dtype")
-    notes: tuple[str, ...] = ()
+    notes = model.notes
     if not isinstance(stated, str):
-        stated, notes = "fp16", ("the configuration states no dtype: taken as 16 bit",)
+        stated, notes = (
+            "fp16",
+            (
+                *notes,
+                "the configuration states no dtype: taken as 16 bit",
+            ),
+        )
     base = dtype_named(stated)
     if base not in WHOLE:
         raise c.error(f"torch_dtype {stated!r} must be one of {', '.join(WHOLE)}")
@@ -266,10 +193,31 @@ def _with_storage(model: Model, c: Config) -> Model:
         return replace(model, dtype=base, compute_dtype=base, matmul_dtype=base, stored_bytes=stored, notes=notes)
     dtype, bits, quantized_activations = _quantization(c, quantization)
     base = "bf16" if base == "fp32" else base  # quantized kernels have no fp32 activations
-    quantized = {"attention": bits, "ffn": bits} | ({"lm_head": bits} if quantization.get("lm_head") is True else {})
+    quantized = dict.fromkeys(_quantized_parts(quantization, model.layers), bits)
     stored = bytes_by_part(model, quantized, BITS[base])
     matmul = dtype if quantized_activations else base
     return replace(model, dtype=dtype, compute_dtype=base, matmul_dtype=matmul, stored_bytes=stored, notes=notes)
+
+
+def _quantized_parts(q: Mapping[str, Any], layers: int) -> list[str]:
+    """The parts whose matrices are quantized, as far as the modules that are left out are named by kind."""
+    listed = q.get("modules_to_not_convert") or q.get("ignored_layers") or q.get("ignore") or q.get("exclude_modules")
+    spared = {
+        part
+        for part, module in (("attention", "self_attn"), ("ffn", "shared_expert"))
+        if _spares(listed, module, layers)
+    }
+    if q.get("quant_method") == "mxfp4":  # for experts only, whatever the list says
+        spared = {"attention", "ffn"}
+    parts = [part for part in QUANTIZED if part not in spared]
+    return [*parts, "lm_head"] if q.get("lm_head") is True else parts
+
+
+def _spares(listed: Any, module: str, layers: int) -> bool:
+    """Whether the list leaves this module out everywhere: by a pattern, or in most layers one by one."""
+    names = [str(name) for name in listed if module in str(name)] if isinstance(listed, list) else []
+    numbers = [number[1] for name in names if (number := re.search(r"layers\.(\d+)\.", name))]
+    return len(numbers) < len(names) or len(set(numbers)) > layers / 2
 
 
 def _quantization(c: Config, q: Mapping[str, Any]) -> tuple[str, float, bool]:
@@ -293,6 +241,8 @@ def _quantization(c: Config, q: Mapping[str, Any]) -> tuple[str, float, bool]:
             return "int8", 8.0, False
         # NF4: a scale for every 64 weights, 32 bit, or 8 bit and another for every 256 of them.
         return "int4", 4.0 + ((8 + 32 / 256) / 64 if q.get("bnb_4bit_use_double_quant") else 32 / 64), False
+    if method == "modelopt" and isinstance(algo := q.get("quant_algo"), str) and algo.lower() in ("fp8", "nvfp4"):
+        return algo.lower(), BITS[algo.lower()], True
     if method == "mxfp4":
         return "fp4", BITS["fp4"], False
     if method == "compressed-tensors":

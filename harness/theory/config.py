@@ -35,6 +35,11 @@ class Config:
             raise self.error(f"{keys[0]} is missing")
         return default
 
+    def size(self, *keys: str, default: int = 0) -> int:
+        """As `count`, but 0 is a value too: of layers, shared experts or a window there may be none."""
+        found = next((self.values[key] for key in keys if self.values.get(key) is not None), default)
+        return 0 if found == 0 and not isinstance(found, bool) else self.count(*keys, default=default)
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key)
         return default if value is None else bool(value)

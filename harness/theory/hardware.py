@@ -1,10 +1,10 @@
 """What a machine can do at best: data rows, each with its source, and the row of a measured machine.
 
-`hardware.csv` holds dense peaks in TFLOPS or TOPS (tensor rates with fp32 accumulation), memory in GB and GB/s, links
-in GB/s (one direction, one accelerator, summed over its links) and US dollars an hour.  `link_group` is how many
-accelerators that link joins where it is a bridge; wider groups talk over PCIe.  `aliases` are further exact names,
-among them those nvidia-smi prints; one that stands in several rows is ambiguous and refused.  Values that are disputed
-or `[unverified: ...]` say so in `notes`.
+`hardware.csv` holds dense peaks in TFLOPS or TOPS (tensor rates with fp32 accumulation), memory in GB and GB/s, and
+links in GB/s (one direction, one accelerator, summed over its links).  `link_group` is how many accelerators that link
+joins where it is a bridge; wider groups talk over PCIe.  `aliases` are further exact names, among them those nvidia-smi
+prints; one that stands in several rows is ambiguous and refused.  Values that are disputed or `[unverified: ...]` say
+so in `notes`.  `prices.csv` has what an hour costs, with kind and date: the few that a source states.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from __future__ import annotations
 import csv
 import difflib
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib import resources
 from typing import Any
 
+import yaml
+
+from harness import units
 from harness.records import NAN, RidgelineError
 
 DTYPES = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4", "int4")
@@ -60,9 +64,10 @@ class Hardware:
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """The parts of the notes that say a value is disputed or unverified."""
+        """The parts of the notes that say a value is disputed or unverified, or the row itself a guess."""
         parts = (part.strip() for part in self.notes.replace("[unverified", ";[unverified").split(";"))
-        return tuple(f"{self.name}: {p.strip('[]')}" for p in parts if p.startswith(("disputed", "[unverified")))
+        doubtful = ("disputed", "[unverified", "assumed")
+        return tuple(f"{self.name}: {p.strip('[]')}" for p in parts if p.startswith(doubtful))
 
 
 def from_row(row: Mapping[str, Any]) -> Hardware:
@@ -109,19 +114,45 @@ def _positive(name: str, key: str, value: Any) -> float:
     return float(value)
 
 
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What an hour of it costs, in US dollars: a list price, on demand, or a model of total cost of ownership."""
+
+    hardware: str
+    usd_per_h: float
+    kind: str
+    source: str
+    date: str
+
+
+def _csv(name: str) -> list[dict[str, str]]:
+    """A table of the package: the only files that the theory reads."""
+    return list(csv.DictReader(resources.files("harness.theory").joinpath(name).read_text("utf-8").splitlines()))
+
+
+@cache
+def prices(name: str) -> tuple[Price, ...]:
+    """The prices of the row of this exact name, in the table's order; most have none, and theirs are the user's to
+    give."""
+    rows = (row for row in _csv("prices.csv") if row["hardware"] == name)
+    return tuple(Price(name, float(row["usd_per_h"]), row["kind"], row["source"], row["date"]) for row in rows)
+
+
 @cache
 def _table() -> tuple[tuple[Hardware, tuple[str, ...]], ...]:
-    """(row, its aliases) of hardware.csv: the one file that the theory reads, and it is part of the package."""
-    text = resources.files("harness.theory").joinpath("hardware.csv").read_text("utf-8")
-    return tuple(
-        (_from_csv(row), tuple(a for a in row["aliases"].split(";") if a)) for row in csv.DictReader(text.splitlines())
-    )
+    """(row, its aliases) of hardware.csv."""
+    return tuple((_from_csv(row), tuple(a for a in row["aliases"].split(";") if a)) for row in _csv("hardware.csv"))
 
 
 def _from_csv(row: Mapping[str, str]) -> Hardware:
     def si(key: str, factor: float) -> float | None:
         return float(row[key]) * factor if row[key] else None
 
+    # What somebody can rent it for; a cost of ownership is another thing and never taken for a price.
+    price = next((p for p in prices(row["name"]) if p.kind in ("list", "on-demand")), None)
     return from_row(
         {
             "name": row["name"],
@@ -132,11 +163,11 @@ def _from_csv(row: Mapping[str, str]) -> Hardware:
             "link_bytes_per_s": si("link_gb_s", GIGA),
             "pcie_bytes_per_s": si("pcie_gb_s", GIGA),
             "tdp_w": si("tdp_w", 1),
-            "usd_per_h": si("usd_h", 1),
+            "usd_per_h": price.usd_per_h if price else None,
             "source": row["source"],
             "notes": row["notes"],
             "measured": False,
-            "price_source": row["usd_h_source"],
+            "price_source": f"{price.kind}, {price.source}, {price.date}" if price else "",
             "link_group": int(row["link_group"] or 0),
         }
     )
@@ -147,9 +178,13 @@ def catalogue() -> list[Hardware]:
     return [row for row, _ in _table()]
 
 
+VENDORS = {"nvidia", "amd", "intel", "google", "apple", "instinct", "tesla", "geforce"}
+
+
 def _key(name: str) -> str:
-    """Case and the kind of separator do not tell two names apart; everything else does (L40 is not L4)."""
-    return "-".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    """Case, order and kind of separator do not tell two names apart, nor does the maker; all else does (L40, L4)."""
+    words = name.casefold().replace("(r)", "").replace("(tm)", "").replace("_", " ").replace("-", " ").split()
+    return "-".join(sorted(word for word in words if word not in VENDORS) or sorted(words))
 
 
 @cache
@@ -158,18 +193,41 @@ def _names() -> dict[str, tuple[Hardware, ...]]:
     names: dict[str, tuple[Hardware, ...]] = {_key(row.name): (row,) for row, _ in _table()}
     own = set(names)
     for row, aliases in _table():
-        for alias in map(_key, aliases):
+        for alias in {_key(alias) for alias in aliases}:
             if alias not in own:
                 names[alias] = (*names.get(alias, ()), row)
     return names
 
 
+_OBVIOUS = re.compile(r"hbm\d?e?|gddr\d\w?|oam|gpu")
+_SIZE = re.compile(r"(\d+)gi?b")
+
+
+def _rows(name: str) -> tuple[Hardware, ...]:
+    """The rows of a name; else those of the longest name in it, if what is left is obvious (H200-141GB-HBM3e)."""
+    if exact := _names().get(_key(name)):
+        return exact
+    words = set(_key(name).split("-"))
+    found: dict[int, list[Hardware]] = {}
+    for key, rows in _names().items():
+        own = set(key.split("-"))
+        fitting = [row for row in rows if own <= words and all(_is_obvious(word, row) for word in words - own)]
+        found.setdefault(len(own), []).extend(fitting)
+    longest = max((n for n, rows in found.items() if rows), default=0)
+    return tuple({row.name: row for row in found.get(longest, ())}.values())
+
+
+def _is_obvious(word: str, row: Hardware) -> bool:
+    size = _SIZE.fullmatch(word)
+    return bool(_OBVIOUS.fullmatch(word)) or bool(size and abs(int(size[1]) * GIGA / row.mem_bytes - 1) < 0.08)
+
+
 def find(name: str) -> Hardware:
-    """The row of this exact name or alias; capitals, spaces, hyphens and underscores do not matter.
+    """The row of this name or alias; capitals, order, spaces, hyphens and underscores do not matter.
 
     Raises RidgelineError for an unknown name (with the nearest ones) and an ambiguous one (with its variants).
     """
-    rows = _names().get(_key(name), ())
+    rows = _rows(name)
     if len(rows) == 1:
         return rows[0]
     if rows:
@@ -179,3 +237,58 @@ def find(name: str) -> Hardware:
     found = list(dict.fromkeys(row.name for key in near for row in _names()[key]))[:5]
     nearest = f"the nearest are {', '.join(found)}" if found else f"known: {', '.join(r.name for r in catalogue())}"
     raise RidgelineError(f"hardware {name!r} is not in the table; {nearest}; for this machine run `ridgeline machine`")
+
+
+def usual(name: str) -> Hardware:
+    """As `find`, but an ambiguous name stands for its variant with the fastest link to all others and the most
+    memory (A100: A100-SXM-80GB), and a caveat says that this was assumed.  For tables that others wrote."""
+    rows = _rows(name)
+    if len(rows) < 2:
+        return find(name)
+    row = max(rows, key=lambda r: (not r.link_group, r.link_bytes_per_s, r.mem_bytes))
+    others = ", ".join(r.name for r in rows if r is not row)
+    return replace(row, notes=f"{row.notes}; assumed: {name!r} is taken as {row.name}, not {others}".lstrip("; "))
+
+
+# --- rows of the user -------------------------------------------------------------------------------------------------
+
+_YAML = {"mem": "mem_bytes", "bandwidth": "bytes_per_s", "link": "link_bytes_per_s", "pcie": "pcie_bytes_per_s"}
+
+
+def from_yaml(text: str, where: str) -> list[Hardware]:
+    """The user's own rows: a YAML list of mappings, or one mapping.  `where` (the file) opens each message.
+
+    Keys are the fields of Hardware in SI units, or mem, bandwidth, link and pcie with a unit ("80 GB", "3.35 TB/s");
+    rates in `flops` may be written "989T".  `like: NAME` takes from that row of the table what is not given.
+    """
+    try:
+        rows = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RidgelineError(f"{where}: not YAML ({' '.join(str(error).split())[:120]})") from error
+    rows = [rows] if isinstance(rows, Mapping) else rows
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise RidgelineError(f"{where}: expected a hardware row (name, flops, mem, bandwidth) or a list of them")
+    return [_from_user({str(key): value for key, value in row.items()}, where) for row in rows]
+
+
+def _from_user(row: dict[str, Any], where: str) -> Hardware:
+    given = {_YAML.get(key, key): value for key, value in row.items() if key != "like"}
+    for key in _YAML.values():
+        if isinstance(given.get(key), str):
+            given[key] = units.parse(given[key].removesuffix("/s"), "bytes", f"{where}: {key}")
+    if isinstance(given.get("flops"), Mapping):
+        given["flops"] = {
+            str(dtype): units.parse(rate, "count", f"{where}: flops.{dtype}") if isinstance(rate, str) else rate
+            for dtype, rate in given["flops"].items()
+        }
+    base: dict[str, Any] = {"measured": False, "source": where}
+    if "like" in row:
+        try:
+            like = find(str(row["like"]))
+        except RidgelineError as error:
+            raise RidgelineError(f"{where}: like: {error}") from None
+        base = like.as_dict() | {"name": f"{like.name} ({where})", "source": f"{where}, else {like.source}"}
+    try:
+        return from_row(base | given)
+    except RidgelineError as error:
+        raise RidgelineError(f"{where}: {error}") from None

@@ -25,7 +25,7 @@ from harness import units
 from harness.records import NAN, Prediction, RidgelineError
 from harness.theory import seeds
 from harness.theory.hardware import Hardware
-from harness.theory.shape import WHOLE, Model, dtype_named
+from harness.theory.shape import RATE, WHOLE, Model, Number, dtype_named
 
 Array = npt.NDArray[np.float64]
 Terms = dict[str, float]
@@ -117,11 +117,11 @@ class _Setup:
         """Tensor parallelism beyond the number of KV heads keeps copies of them."""
         return self.tp / min(self.tp, self.model.kv_heads)
 
-    def weights_s(self) -> float:
-        return self.model.read_bytes(self.dtype) / self.bytes_per_s
+    def weights_s(self, tokens: Number) -> Number:
+        return self.model.read_bytes(self.dtype, tokens) / self.bytes_per_s
 
     def kv_s(self, context: float) -> float:
-        return self.model.kv_bytes(context, self.kv_dtype) * self.kv_copies / self.bytes_per_s
+        return self.model.kv_read_bytes(context, self.kv_dtype) * self.kv_copies / self.bytes_per_s
 
     def matmul_s(self, tokens: float, heads: float) -> float:
         """`tokens` through the layers, `heads` of them through the lm_head."""
@@ -145,7 +145,7 @@ class _Setup:
 def _setup(model: Model, hardware: Hardware, dtype: str | None, kv_dtype: str | None, tp: int) -> _Setup:
     notes = [*hardware.caveats, *model.notes]
     weights, activations, matmul = _dtypes(model, dtype, notes)
-    used, gain = _rate(hardware, matmul, activations, model, weights, notes)
+    used, gain = _rate(hardware, RATE.get(matmul, matmul), activations, model, weights, notes)
     attention, _ = _rate(hardware, activations, activations, model, weights, [])
     _check_tp(model, hardware, tp)
     return _Setup(
@@ -175,7 +175,11 @@ def _dtypes(model: Model, dtype: str | None, notes: list[str]) -> tuple[str | No
     if wanted in WHOLE:
         return wanted, wanted, wanted
     activations = "bf16" if model.compute_dtype == "fp32" else model.compute_dtype
-    return wanted, activations, activations if wanted == "int4" else wanted  # int4 kernels widen the weights first
+    return (
+        wanted,
+        activations,
+        activations if wanted == "int4" else RATE.get(wanted, wanted),
+    )  # int4 kernels widen the weights first
 
 
 def _rate(
@@ -209,21 +213,19 @@ def _check_tp(model: Model, hardware: Hardware, tp: int) -> None:
 def _prefill(s: _Setup, batch: int, tokens: int) -> Terms:
     """Terms, all of them, of the prefill of `batch` prompts of `tokens` in one pass."""
     return {
-        "weights": s.weights_s(),
+        "weights": s.weights_s(float(batch * tokens)),
         "matmul": s.matmul_s(batch * tokens, batch),
-        "attention": batch * s.model.prefill_attention_flops(tokens) / s.attention_flops,
+        "attention": batch * s.model.prefill_attention_flops(float(tokens)) / s.attention_flops,
         **s.link(batch * tokens),
     }
 
 
 def _step(s: _Setup, batch: int, first: int, last: int) -> Terms:
     """Terms, all of them, of the mean decoding step while the context grows from `first` to `last` tokens."""
-    windowed = any(g.window for g in s.model.groups)
-    contexts = np.arange(first, last + 1, dtype=np.float64) if windowed else np.array([(first + last) / 2])
-    kv_bytes = float(np.mean(s.model.kv_bytes(contexts, s.kv_dtype)))
-    attention_flops = float(np.mean(s.model.attention_flops(contexts)))
+    kv_bytes = s.model.mean_kv_read_bytes(float(first), float(last), s.kv_dtype)
+    attention_flops = s.model.mean_attention_flops(float(first), float(last))
     return {
-        "weights": s.weights_s(),
+        "weights": s.weights_s(float(batch)),
         "kv cache": batch * kv_bytes * s.kv_copies / s.bytes_per_s,
         "matmul": s.matmul_s(batch, batch),
         "attention": batch * attention_flops / s.attention_flops,
@@ -401,7 +403,7 @@ def _details(s: _Setup, tokens: int, heads: int) -> dict[str, str]:
     """The quantities behind the terms, in words."""
     matmul = tokens * s.model.matmul_flops_per_token + heads * s.model.head_flops_per_token
     return {
-        "weights": f"{units.size(s.model.read_bytes(s.dtype))} at {units.bandwidth(s.bytes_per_s)}",
+        "weights": f"{units.size(s.model.read_bytes(s.dtype, float(tokens)))} at {units.bandwidth(s.bytes_per_s)}",
         "matmul": f"{units.amount(matmul)}FLOP at {units.flops(s.flops)} {s.matmul_dtype}",
     }
 
@@ -457,17 +459,17 @@ def plane(
     _check_point(1, input_tokens, output_tokens, "wave")
     s = _setup(model, hardware, dtype, kv_dtype, tp)
     matmul = s.matmul_s(1, 1)
-    ridge = s.weights_s() / matmul
+    ridge = s.weights_s(1.0) / matmul
     top = math.ceil(math.log2(min(65_536, max(256, 4 * ridge))))
     batch: Array = np.unique([*(2.0**k for k in range(top + 1)), max(1.0, float(round(ridge)))])
     step = _step(s, 1, input_tokens + 1, input_tokens + max(1, output_tokens - 1))
     reads = np.maximum(step["kv cache"], step["attention"]) * batch
     link = step.get("link latency", 0.0) + step.get("link volume", 0.0) * batch
-    roof = batch / (np.maximum(s.weights_s(), matmul * batch) + reads + link)
+    roof = batch / (np.maximum(s.weights_s(batch), matmul * batch) + reads + link)
     return {
         "batch": [int(b) for b in batch],
         "roof_tokens_per_s": roof.tolist(),
-        "memory_roof_tokens_per_s": (batch / (s.weights_s() + step["kv cache"] * batch)).tolist(),
+        "memory_roof_tokens_per_s": (batch / (s.weights_s(batch) + step["kv cache"] * batch)).tolist(),
         "compute_roof_tokens_per_s": np.full(len(batch), 1 / matmul).tolist(),
         "ridge_batch": ridge,
         "largest_batch": _largest_batch(s, input_tokens + output_tokens),

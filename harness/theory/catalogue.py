@@ -1,0 +1,143 @@
+"""Models by name: shapes of published models, as data, so that a prediction needs no file.
+
+`models.jsonl` has a row a model.  `config` is its config.json on the Hugging Face hub, reduced to the keys that the
+shape follows from.  `params` is its published count: the elements of its safetensors files as the hub's API tells them
+(gathered from the list in llmfit 1.1.17, MIT licence), of the repository in `source`, which is another of the same
+shape where the model's own has no such files; null where none is stated.  Files hold more than parameters at times:
+`not_parameters` says how many elements those are, and what.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from harness.records import RidgelineError
+from harness.theory.architecture import from_config
+from harness.theory.shape import BITS, Model
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A row of the catalogue; `names` are its id and others it goes by."""
+
+    id: str
+    names: tuple[str, ...]
+    params: int | None
+    source: str
+    not_parameters: int
+    what_else: str
+    other: int  # parameters that its configuration does not tell of: a vision tower
+    note: str
+    config: dict[str, Any]
+
+    def model(self, name: str = "", quantization: dict[str, Any] | None = None) -> Model:
+        """Its Model, called `name`; `quantization` stands for the quantization_config of its own."""
+        own = {"quantization_config": quantization} if quantization else {}
+        model = from_config(self.config | own, name or self.id)
+        notes = (*model.notes, f"{self.id}: {self.note}") if self.note else model.notes
+        stored = model.stored_bytes | {"other": model.stored_bytes["other"] + self.other * BITS["bf16"] / 8}
+        return replace(model, other=model.other + self.other, stored_bytes=stored, notes=notes)
+
+
+@cache
+def entries() -> tuple[Entry, ...]:
+    """Every row, in its order."""
+    text = resources.files("harness.theory").joinpath("models.jsonl").read_text("utf-8")
+    return tuple(_entry(json.loads(line)) for line in text.splitlines())
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    count, what = row.get("not_parameters", (0, ""))
+    names = (row["id"], *row.get("also", ()))
+    note = row.get("note", "")
+    return Entry(row["id"], names, row["params"], row["source"], count, what, row.get("other", 0), note, row["config"])
+
+
+# Words of a name that change what a model was taught, or who gave it, not its shape.
+SAME_SHAPE = {
+    "meta",
+    "hf",
+    "instruct",
+    "chat",
+    "it",
+    "pt",
+    "base",
+    "thinking",
+    "preview",
+    "dynamic",
+    "v",
+    "bf",
+    "fp",
+    "kv",
+    "quantized",
+}
+# Words that say how its weights were quantized -> the quantization_config that they stand for.
+_INT8 = {"weights": {"num_bits": 8, "type": "int"}, "input_activations": {"num_bits": 8}}
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "fp8": {"quant_method": "fp8"},
+    "awq": {"quant_method": "awq", "bits": 4},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "w4a16": {"quant_method": "gptq", "bits": 4},
+    "w8a8": {"quant_method": "compressed-tensors", "config_groups": {"group_0": _INT8}},
+    "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "fp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+}
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """The name without its owner, cut where letters and digits, or separators, meet: "Llama-3.1-8B" is llama 3.1 8 b."""
+    plain = re.sub(r"(?<=\d)_(?=\d)", ".", name.strip().rsplit("/", 1)[-1].casefold())
+    return tuple(re.findall(r"\d+(?:\.\d+)*|[^\W\d_]+", plain))
+
+
+def _shape_words(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Words that tell shapes apart: neither SAME_SHAPE nor a release's date (2407) or precision (16)."""
+    kept = [w for w in words if w not in SAME_SHAPE and not re.fullmatch(r"[01]\d{3}|2[0-9]{3}|16", w)]
+    return tuple(kept)
+
+
+def _without_quantization(name: str) -> tuple[str, dict[str, Any] | None]:
+    for word, config in QUANTIZED.items():
+        if found := re.search(rf"[-_ .]{word}(?![a-z0-9])", name, re.IGNORECASE):
+            return name[: found.start()] + name[found.end() :], config
+    return name, None
+
+
+@cache
+def _by_words() -> tuple[dict[tuple[str, ...], Entry], dict[tuple[str, ...], list[Entry]]]:
+    exact = {_words(name): entry for entry in reversed(entries()) for name in entry.names}
+    loose: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries():
+        for words in dict.fromkeys(_shape_words(_words(name)) for name in entry.names):
+            loose.setdefault(words, []).append(entry)
+    return exact, loose
+
+
+@cache
+def find(name: str) -> Model:
+    """The Model of this name: a hub id or a near variant ("Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct").
+
+    Owner, case, separators and words such as -Instruct, -hf or -chat do not matter; -FP8, -AWQ, -GPTQ, -NVFP4 and the like
+    say how the weights are stored.  Raises RidgelineError for an unknown name (with the nearest ones) and an ambiguous one.
+    """
+    plain, quantization = _without_quantization(name)
+    exact, loose = _by_words()
+    if entry := exact.get(_words(plain)):
+        return entry.model(name, quantization)
+    near = loose.get(_shape_words(_words(plain)), [])
+    if len({json.dumps(e.config, sort_keys=True) for e in near}) == 1:
+        return near[0].model(name, quantization)
+    if near:
+        raise RidgelineError(f"model {name!r} is ambiguous: name one of {', '.join(e.id for e in near)}")
+    names = {" ".join(_shape_words(_words(n))): n for e in reversed(entries()) for n in reversed(e.names)}
+    close = difflib.get_close_matches(" ".join(_shape_words(_words(plain))), list(names), n=5, cutoff=0.5)
+    nearest = f"the nearest are {', '.join(names[c] for c in close)}" if close else "and none is near"
+    raise RidgelineError(
+        f"model {name!r} is not in the catalogue; {nearest}; for another give its config.json or a GGUF file"
+    )
