@@ -11,12 +11,12 @@ from typing import Any
 import aiohttp
 import orjson
 
-from harness import dialects
+from harness import dialects, endings
 from harness.records import RidgelineError
 from harness.wire import Target, parse_url
 
 MAX_BODY = 4 * 2**20
-GET_S = 3.5  # for a page that needs no model: a server that lets it wait is not to be measured
+GET_S = 2.5  # for a page that needs no model: a server that lets it wait is not to be measured
 FIRST_S = 30.0  # for the first answer of a model, unless limits say otherwise
 
 
@@ -207,8 +207,8 @@ def _unreachable(url: str, problem: BaseException, waited_s: float = FIRST_S) ->
         return RidgelineError(f"{url}: TLS failed: {problem}; use the name in the server's certificate, and name an "
                               "authority of your own by SSL_CERT_FILE", 6)  # fmt: skip
     if isinstance(problem, TimeoutError):
-        return RidgelineError(f"{url}: no answer within {waited_s:g} s; is the server up and not overloaded? "
-                              "(limits.preflight_s allows a first answer more)", 6)  # fmt: skip
+        more = "" if waited_s == GET_S else "; limits.preflight_s allows a first answer more time"
+        return RidgelineError(f"{url}: no answer within {waited_s:g} s; is the server up and not overloaded?{more}", 6)
     said = str(getattr(problem, "os_error", None) or problem) or type(problem).__name__
     return RidgelineError(f"{url}: not reachable ({said}); is the server up, and are host and port right?", 6)
 
@@ -220,7 +220,7 @@ def _refused(client: Client, answer: dialects.Answer) -> RidgelineError:
         "http_404": "check --model and --api: this path or model is not there",
         "context_length": "ask for fewer tokens, or let the server take longer contexts",
         "redirect": "give the address that it redirects to as --url",
-    }.get(answer.error_class, "see the server's log")
+    }.get(answer.error_class) or endings.ENDINGS[endings.name_of(answer.error_class)][1]
     said = answer.error[:300]
     return RidgelineError(f"{client.target.url}: a first request ended as {answer.error_class}: {said}; {hint}", 6)
 

@@ -160,4 +160,7 @@ def _flush(out: int, ready: bytearray) -> float:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))
+    try:
+        raise SystemExit(main(sys.argv[1]))
+    except OSError as problem:  # a full disk: what was written stands, and its last frame is dropped by the reader
+        raise SystemExit(problem.strerror or str(problem)) from None

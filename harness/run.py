@@ -143,7 +143,7 @@ class Session:
         self.now["done"] += 1
         self.now["errors"] += exchange.ending != "complete" or exchange.status != 200
         assert isinstance(self.player, Player)
-        self.recorder.pipe.write(recorder.pack_exchange(exchange, point.index, trial, self.t0_s, self.player.start_s))
+        self.recorder.put(recorder.pack_exchange(exchange, point.index, trial, self.t0_s, self.player.start_s))
 
     async def show(self) -> None:
         start_s = time.monotonic()
@@ -328,7 +328,8 @@ async def _measure(session: Session, target: Target, engine: Any) -> None:
         session.info["senses"] = server.senses(store.load_lines(session.folder / store.SERVER))
         if said := await asyncio.shield(session.recorder.close()):
             raise RidgelineError(f"{session.folder / store.JOURNAL}: the records could not be written: "
-                                 f"{said.splitlines()[-1]}", 2)  # fmt: skip
+                                 f"{said.splitlines()[-1]}; what was written before stands: free some space, then "
+                                 f"`ridgeline report {session.folder}` or `ridgeline run --resume {session.folder}`")  # fmt: skip
 
 
 async def _preflight(session: Session, ask: Client, engine: Any) -> None:

@@ -1,7 +1,8 @@
 """A rig of faults: a raw TCP server that sends exact bytes at exact times, and what each fault must be called.
 
 `python -m tests.faults` serves them all: POST /NAME/v1/completions plays the fault NAME (by its number for `mixed`) to
-every request for TOKENS tokens; any other request, such as a preflight's, gets a whole answer.
+every request for TOKENS tokens; any other request, such as a preflight's, gets a whole answer (POST /first-NAME plays it
+to those too).
 """
 
 from __future__ import annotations
@@ -395,8 +396,10 @@ def answer_to(path: str, body: bytes, count: int) -> Fault | bytes:
         return status(404, b"{}")
     asked = json.loads(body or b"{}")
     tokens = asked.get("max_tokens", 0)
+    name = path.split("/")[1]
+    if name.startswith("first-"):
+        return BY_NAME[name.removeprefix("first-")]
     if tokens == TOKENS:
-        name = path.split("/")[1]
         return FAULTS[count % len(FAULTS)] if name == "mixed" else BY_NAME[name]
     prompt = asked.get("prompt") or asked["messages"][0]["content"]
     words = len(prompt.split())

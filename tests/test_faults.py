@@ -96,7 +96,7 @@ def _player(target: Target, address: Any, writer: Recorder, choose: Choose, poin
         return target.request_bytes(f"/{choose(request.id)}{path}", body)
 
     def sink(exchange: Exchange) -> None:
-        writer.pipe.write(recorder.pack_exchange(exchange, point, 0, t0_s, player.start_s))
+        writer.put(recorder.pack_exchange(exchange, point, 0, t0_s, player.start_s))
 
     player = Player(target, address, None, TIMERS, encode, sink, writer.room)
     return player
