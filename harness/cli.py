@@ -268,7 +268,7 @@ def main() -> None:
         app()
     except RidgelineError as problem:
         if os.environ.get("RIDGELINE_DEBUG"):
-            raise
+            sys.stderr.write(redaction.clean(traceback.format_exc()))
         sys.stderr.write(f"error: {redaction.clean(str(problem))}\n")
         raise SystemExit(problem.code) from None
     except KeyboardInterrupt:

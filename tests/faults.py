@@ -22,6 +22,7 @@ from typing import Any
 TOKENS = 8  # asked for, and told one by one by a healthy answer
 PROMPT_TOKENS = 7
 CANARY = "sk-canary-4711-Zq"
+HOSTILE = f"=cmd|' /C calc'!A0\x1b[2J\x1b]0;title\x07</script><script>alert(1)</script>{CANARY}\u202e"
 
 
 @dataclass(frozen=True)
@@ -391,12 +392,13 @@ async def play(fault: Fault, writer: asyncio.StreamWriter) -> bool:
 def answer_to(path: str, body: bytes, count: int) -> Fault | bytes:
     """What a request gets: a fault, or the bytes of a healthy server."""
     if path.endswith("/v1/models"):
-        return status(200, b'{"data":[{"id":"faulty"}]}', b"Content-Type: application/json")
+        name = HOSTILE if path.startswith("/hostile") else "faulty"
+        return status(200, json.dumps({"data": [{"id": name}]}).encode(), b"Content-Type: application/json")
     if not path.endswith("/completions"):
         return status(404, b"{}")
     asked = json.loads(body or b"{}")
     tokens = asked.get("max_tokens", 0)
-    name = path.split("/")[1]
+    name = path.split("/")[1].removeprefix("hostile-")
     if name.startswith("first-"):
         return BY_NAME[name.removeprefix("first-")]
     if tokens == TOKENS:
