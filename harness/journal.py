@@ -8,6 +8,7 @@ chunk_tokens int32[n].
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,14 +91,15 @@ def current(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [e for i, e in enumerate(events) if i >= starts.get((e.get("point", -1), e.get("trial", -1)), (0, 0))[0]]
 
 
+LONGEST = 2**26  # no frame is longer
 PIECE = 4 * 2**20  # bytes read at once
 
 
 def payloads(file: BinaryIO, reading: Reading) -> Iterator[bytes]:
     """The payloads of all whole frames of a journal, which may be cut at any byte.
 
-    A torn end and frames whose checksum fails are noted in `reading` and skipped, never raised; a file that is no
-    journal, or of a newer format, is refused by name.
+    A torn end and frames whose checksum fails are noted in `reading` and skipped, never raised; where a frame's length is
+    damaged too, the next whole frame is looked for.  A file that is no journal, or of a newer format, is refused by name.
     """
     data, at, index = file.read(PIECE), len(MAGIC), 0
     if not data.startswith(MAGIC):
@@ -107,18 +109,40 @@ def payloads(file: BinaryIO, reading: Reading) -> Iterator[bytes]:
         length, crc = _FRAME.unpack_from(data, at) if at + _FRAME.size <= len(data) else (0, 0)
         end = at + _FRAME.size + length
         if end > len(data):
-            more = file.read(max(PIECE, end - len(data)))
-            if not more:
+            if more := file.read(PIECE):
+                data, at = data[at:] + more, 0
+                if length < LONGEST or len(data) < LONGEST:
+                    continue
+            if (found := _next_frame(data, at + 1)) is None:
                 break
-            data, at = data[at:] + more, 0
+            index += 1
+            reading.bad_frames.append(index)
+            at = found
             continue
         payload = data[at + _FRAME.size : end]
         at, index = end, index + 1
         if zlib.crc32(payload) != crc:
             reading.bad_frames.append(index)
+            if end + _FRAME.size <= len(data) and not _is_frame(data, end):
+                at = _next_frame(data, end - len(payload)) or end
         else:
             yield payload
     reading.torn_bytes += len(data) - at
+
+
+def _is_frame(data: bytes, at: int) -> bool:
+    length, crc = _FRAME.unpack_from(data, at)
+    payload = data[at + _FRAME.size : at + _FRAME.size + length]
+    return payload[:1] in (b"R", b"E") and len(payload) == length and zlib.crc32(payload) == crc
+
+
+def _next_frame(data: bytes, at: int) -> int | None:
+    """Where the next whole frame begins: its kind byte is looked for, its length and checksum must hold."""
+    for kind in re.finditer(b"[RE]", data[at + _FRAME.size :]):
+        start = at + kind.start()
+        if data[start + 3] < LONGEST >> 24 and _is_frame(data, start):
+            return start
+    return None
 
 
 def _refuse(data: bytes, reading: Reading) -> None:

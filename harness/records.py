@@ -197,7 +197,7 @@ def table(records: list[Record]) -> Table:
         values = [getattr(row, name) for row in rows]
         if name in COUNTS:
             return np.array([-1 if value is None else value for value in values], np.int64)
-        return np.array(values, object if name in TEXTS else None)
+        return np.array(values, object if name in TEXTS else bool if name == "warmup" else None)
 
     counts = [len(row.chunk_s) for row in rows]
     columns = {name: column(name) for name in SCALAR_COLUMNS if name not in DERIVED}
