@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -321,23 +322,54 @@ class Scenario(Part):
 def load(text: str, where: str = "scenario") -> Scenario:
     """Parse and validate.  Raises RidgelineError (code 2): `where:line: key: what is wrong, what is allowed`."""
     if len(text) > MAX_BYTES:
-        raise RidgelineError(f"{where}: {len(text):,} characters; a scenario has at most {MAX_BYTES:,}")
+        raise RidgelineError(f"{where}:1: (top): {len(text):,} characters; a scenario has at most {MAX_BYTES:,}")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
-            raise RidgelineError(f"{where}:1: the file is empty; `ridgeline config init` writes one to start from")
+            raise RidgelineError(
+                f"{where}:1: (top): the file is empty; `ridgeline config init` writes one to start from"
+            )
         lines = _lines(node, where)
         values = yaml.safe_load(text)
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None) or getattr(problem, "context_mark", None)
         line = mark.line + 1 if mark else 1
         said = getattr(problem, "problem", None) or str(problem).split("\n")[0]
-        raise RidgelineError(f"{where}:{line}: not valid YAML: {said}") from None
-    except (ValueError, RecursionError) as problem:  # an impossible date, a nesting without end
-        raise RidgelineError(f"{where}:1: not valid YAML: {str(problem)[:200]}") from None
+        raise RidgelineError(f"{where}:{line}: {_key_near(text, line)}: not valid YAML: {said}") from None
+    except RecursionError:
+        raise RidgelineError(f"{where}:1: (top): not valid YAML: nested too deeply") from None
+    except (ValueError, OverflowError) as problem:  # an impossible date, a number of a thousand digits
+        line, key = _unreadable(node)
+        raise RidgelineError(f"{where}:{line}: {key}: cannot be read: {str(problem)[:200]}") from None
     if not isinstance(values, dict):
-        raise RidgelineError(f"{where}:1: expected keys and values at the top, got {type(values).__name__}")
+        raise RidgelineError(f"{where}:1: (top): expected keys and values at the top, got {type(values).__name__}")
     return validate(values, where, lines)
+
+
+_KEY = re.compile(r"^[\s?{,-]*([^\s:#{\[,'\"][^:#{\[,'\"]*?)\s*:(?=\s|$)")
+
+
+def _key_near(text: str, line: int) -> str:
+    """The last key that stands at this line (from 1) or above it."""
+    for above in reversed(text.split("\n")[:line]):
+        if found := _KEY.match(above):
+            return found[1][:80]
+    return "(top)"
+
+
+def _unreadable(node: Any, path: tuple[Any, ...] = ()) -> tuple[int, str]:
+    """(line, key) of the first value that YAML's own types cannot hold."""
+    pairs = [((*path, getattr(key, "value", "?")), value) for key, value in node.value] if isinstance(
+        node, yaml.MappingNode) else [((*path, i), value) for i, value in enumerate(node.value)] if isinstance(
+        node, yaml.SequenceNode) else []  # fmt: skip
+    for at, value in pairs:
+        try:
+            yaml.SafeLoader("").construct_object(value, deep=True)
+        except (ValueError, OverflowError):
+            return _unreadable(value, at)
+        except yaml.YAMLError:
+            continue
+    return node.start_mark.line + 1, _dotted(path)
 
 
 def validate(values: dict[str, Any], where: str, lines: dict[tuple[Any, ...], int] | None = None) -> Scenario:
@@ -359,7 +391,7 @@ def _lines(
     """The line of each key.  A key that stands twice is an error: YAML would silently take the last."""
     seen = set() if seen is None else seen
     if len(path) > 50:
-        raise RidgelineError(f"{where}:{node.start_mark.line + 1}: nested too deeply")
+        raise RidgelineError(f"{where}:{node.start_mark.line + 1}: {_dotted(path)[:80]}: nested too deeply")
     if id(node) in seen:  # a few lines of aliases can stand for gigabytes
         raise RidgelineError(f"{where}:{node.start_mark.line + 1}: {_dotted(path)}: aliases (*name) are not allowed")
     seen.add(id(node))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import dialects
+from harness import dialects, endings
+from harness.framing import unframe
 
 STREAMS = sorted((Path(__file__).parent / "data" / "sse").glob("*.txt"))
 
@@ -47,16 +49,94 @@ def test_a_recorded_stream_is_a_success_of_150_tokens(path: Path) -> None:
     assert 145 <= len(answer.arrivals_s) <= 150
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.sampled_from(STREAMS), st.lists(st.integers(0, 40_000), max_size=40), st.booleans())
-def test_the_same_bytes_give_the_same_events_however_they_were_cut(path: Path, cuts: list[int], crlf: bool) -> None:
-    body = body_of(path).replace(b"\n", b"\r\n") if crlf else body_of(path)
-    ends = sorted({min(cut + 1, len(body)) for cut in cuts} | {len(body)})
-    answer = dialects.interpret(body, [float(end) for end in ends], ends, 200, "complete", 150)
-    whole = dialects.interpret(body, [0.0], [len(body)], 200, "complete", 150)
-    assert answer.arrival_tokens == whole.arrival_tokens
-    assert answer.output_tokens == whole.output_tokens
-    assert list(answer.arrivals_s) == sorted(answer.arrivals_s)
+def chunked(body: bytes, sizes: list[int]) -> bytes:
+    """An HTTP response whose chunks are of these sizes, over and over."""
+    parts, at, i = [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"], 0, 0
+    while at < len(body):
+        piece = body[at : at + sizes[i % len(sizes)]]
+        parts.append(b"%x\r\n%b\r\n" % (len(piece), piece))
+        at, i = at + len(piece), i + 1
+    return b"".join([*parts, b"0\r\n\r\n"])
+
+
+WHOLE: dict[tuple[Path, bytes], tuple[dialects.Answer, list[dialects.Event]]] = {}
+
+
+def _cuttings(count: int) -> None:
+    """Bytes of a recorded stream, in any line ending, in any HTTP chunks, in any reads: the same events."""
+
+    @settings(max_examples=count, deadline=None)
+    @given(st.sampled_from(STREAMS), st.lists(st.integers(0, 45_000), max_size=40), st.sampled_from([b"\n", b"\r\n", b"\r"]),
+           st.lists(st.integers(1, 3000), min_size=1, max_size=5))  # fmt: skip
+    def check(path: Path, cuts: list[int], line: bytes, sizes: list[int]) -> None:
+        body = body_of(path).replace(b"\n", line)
+        if (path, line) not in WHOLE:
+            WHOLE[path, line] = (
+                dialects.interpret(body, [0.0], [len(body)], 200, "complete", 150),
+                dialects.events(body),
+            )
+        whole, events = WHOLE[path, line]
+        raw = chunked(body, sizes)
+        ends = sorted({min(cut + 1, len(raw)) for cut in cuts} | {len(raw)})
+        found, body_ends = unframe(raw, ends)
+        assert found == body and dialects.events(found) == events
+        answer = dialects.interpret(found, [float(end) for end in ends], body_ends, 200, "complete", 150)
+        assert (answer.arrival_tokens, answer.output_tokens, answer.error_class) == (
+            whole.arrival_tokens,
+            whole.output_tokens,
+            "",
+        )
+        arrivals = list(answer.arrivals_s)
+        assert (
+            arrivals == sorted(arrivals)
+            and set(arrivals) <= set(map(float, ends))
+            and len(arrivals) == len(whole.arrivals_s)
+        )
+
+    check()
+
+
+def test_the_same_bytes_give_the_same_events_however_they_were_cut() -> None:
+    _cuttings(60)
+
+
+@pytest.mark.full
+def test_ten_thousand_cuttings_give_the_same_events() -> None:
+    _cuttings(10_000)
+
+
+def _mutations(count: int) -> None:
+    """Recorded streams with bytes changed, left out, doubled and thrown in: always a class, never a failure of ours."""
+
+    @settings(max_examples=count, deadline=None)
+    @given(st.sampled_from(STREAMS), st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 3), st.binary(max_size=12)), max_size=8),
+           st.sampled_from(["", "gzip", "deflate"]), st.sampled_from(["complete", "eof", "stream_reset", "timeout_idle"]))  # fmt: skip
+    def check(path: Path, changes: list[tuple[int, int, bytes]], coding: str, ending: str) -> None:
+        data = bytearray(body_of(path)[:3000])
+        if coding and len(changes) % 2:
+            data = bytearray(zlib.compress(data, wbits=31 if coding == "gzip" else 15))
+        for at, how, more in changes:
+            at %= len(data) + 1
+            data[at : at + (0, len(more), 9, 0)[how]] = more if how < 3 else bytes(data[at : at + 40])
+        ends = [*range(7, len(data), 97), len(data)]
+        answer = dialects.interpret(
+            bytes(data), [float(i) for i in range(len(ends))], ends, 200, ending, 150, coding=coding
+        )
+        assert answer.error_class != "client_error", answer.error
+        assert endings.name_of(answer.error_class) in endings.ENDINGS
+        assert len(answer.arrivals_s) == len(answer.arrival_tokens) and (answer.output_tokens or 0) >= 0
+        assert answer.error.encode() is not None and set(answer.notes) <= set(endings.NOTES)
+
+    check()
+
+
+def test_a_damaged_stream_is_read_without_a_failure_of_ours() -> None:
+    _mutations(150)
+
+
+@pytest.mark.full
+def test_ten_thousand_damaged_streams_are_read_without_a_failure_of_ours() -> None:
+    _mutations(10_000)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +150,14 @@ def test_the_same_bytes_give_the_same_events_however_they_were_cut(path: Path, c
         ("an unfinished event is dropped", b"data: 1\n\ndata: 2\n", [b"1"]),
         ("a final [DONE] needs no blank line", b"data: 1\n\ndata: [DONE]", [b"1", b"[DONE]"]),
         ("U+2028 ends no line", "data: a\u2028b\n\n".encode(), ["a\u2028b".encode()]),
+        ("a second BOM is not dropped", b"\xef\xbb\xbf\xef\xbb\xbfdata: 1\n\ndata: 2\n\n", [b"2"]),
+        ("a field without a colon is empty", b"data\n\ndata\ndata\n\n", [b"", b"\n"]),
+        ("one space alone is dropped", b"data:  1 \n\n", [b" 1 "]),
+        ("NUL passes through", b"data: a\0b\n\n", [b"a\0b"]),
+        ("names are whole and in lower case", b"Data: 1\n\ndatax: 2\n\n data: 3\n\ndata: 4\n\n", [b"4"]),
+        ("an event without data is none", b"event: foo\n\ndata: 1\n\n", [b"1"]),
+        ("mixed line ends", b"data: 1\r\n\ndata: 2\n\rdata: 3\r\r\ndata: 4\n\n", [b"1", b"2", b"3", b"4"]),
+        ("a long comment", b":" + b"x" * 2048 + b"\ndata: 1\n\n", [b"1"]),
         ("other fields are no data", b"id: 7\nretry: 1\ndata: 1\n\n", [b"1"]),
     ],
 )
