@@ -7,11 +7,13 @@ generator loses none that reached the pipe.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import select
 import struct
 import sys
+import threading
 import time
 from array import array
 from collections.abc import Sequence
@@ -28,7 +30,7 @@ from harness.records import NAN, Record, Request
 if TYPE_CHECKING:  # this process needs no event loop
     from harness.wire import Exchange
 
-FLUSH_S = 0.1
+FLUSH_S = 0.05
 SYNC_S = 1.0
 _HEAD = struct.Struct("<IcI")  # frame length after this field, kind, header length
 
@@ -125,8 +127,9 @@ def main(path: str) -> int:
         os.write(out, journal.MAGIC)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    pending, ready = bytearray(), bytearray()
-    flushed_s = synced_s = time.monotonic()
+    pending, ready, dealt = bytearray(), bytearray(), 0
+    flushed_s = time.monotonic()
+    threading.Thread(target=_sync, args=(out,), daemon=True).start()  # a slow disk must not hold up what comes next
     while True:
         readable = select.select([0], [], [], FLUSH_S)[0]
         data = os.read(0, 1 << 20) if readable else b""
@@ -137,25 +140,33 @@ def main(path: str) -> int:
                 ready += unpack(view[at + 4 : end], secret)
                 at = end
                 if time.monotonic() - flushed_s > FLUSH_S:
-                    flushed_s = _flush(out, ready)
+                    flushed_s = _flush(out, ready, dealt + at)
         del pending[:at]
+        dealt += at
         now_s = time.monotonic()
         if ready and (now_s - flushed_s > FLUSH_S or not readable or not data):
-            flushed_s = _flush(out, ready)
-        if now_s - synced_s > SYNC_S:
-            os.fsync(out)
-            synced_s = now_s
+            flushed_s = _flush(out, ready, dealt)
         if readable and not data:
             break
     os.fsync(out)
     return 0
 
 
-def _flush(out: int, ready: bytearray) -> float:
+def _sync(out: int) -> None:
+    while True:
+        time.sleep(SYNC_S)
+        with contextlib.suppress(OSError):
+            os.fsync(out)
+
+
+def _flush(out: int, ready: bytearray, dealt: int) -> float:
+    """Write what is ready, and tell the load generator how many of its bytes are dealt with."""
     view = bytes(ready)
     while view:
         view = view[os.write(out, view) :]
     ready.clear()
+    with contextlib.suppress(OSError):  # it may be dead
+        os.write(1, b"%d\n" % dealt)
     return time.monotonic()
 
 
