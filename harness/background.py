@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+
+M_MMAP_THRESHOLD = -3  # <malloc.h>
+LARGE_BYTES = 2**16
+
+
+def return_memory() -> None:
+    """Have the C library (glibc) give large blocks back to the system when they are freed.  By itself it keeps them, once
+    it has seen some, and a few answers out of all bounds would leave the process large for the rest of a run."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def give_share(pid: int) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import orjson
 
 from harness import dialects, journal
-from harness.background import give_way
+from harness.background import give_way, return_memory
 from harness.framing import unframe
 from harness.records import NAN, Record, Request
 
@@ -134,6 +134,7 @@ def main(path: str) -> int:
     secret = os.environ.get("RIDGELINE_KEY", "")
     os.set_blocking(0, True)
     give_way()
+    return_memory()
     out = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     if not os.fstat(out).st_size:
         os.write(out, journal.MAGIC)
