@@ -350,7 +350,7 @@ def kill_often(times: int, tmp_path: Path) -> None:
         server.out_s.clear()
         out = f"run{i}"
         pid = command("run", "--url", server.url + "/ok", "--input-tokens", "64", "--output-tokens", "8", "--batch-sizes", "4", "--mode",
-                      "closed", "--requests", "99999", "--warmup", "0", "--out", out, "-q", "--no-report")  # fmt: skip
+                      "closed", "--requests", "99999", "--warmup", "0", "--out", out, "-q", "--no-report", "--no-preflight")  # fmt: skip
         wait_until(lambda: len(server.out_s) > 3, "no answer was given")
         time.sleep(rng.uniform(0.0, 0.6))
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
