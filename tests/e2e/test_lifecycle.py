@@ -88,6 +88,7 @@ def test_a_silent_server_is_given_up_before_the_first_request(silent: str, ridge
     refused(ridgeline, tmp_path, 6, "no answer within", "run", "--url", silent)
 
 
+@pytest.mark.full
 def test_an_address_that_drops_what_we_send_is_given_up(full_queue: str, ridgeline: Run, tmp_path: Path) -> None:
     refused(ridgeline, tmp_path, 6, "no connection within", "run", "--url", full_queue)
 
