@@ -36,43 +36,59 @@ def total(terms: Terms) -> Array:
     return np.asarray(sum(terms.values()))
 
 
-def prefill_all(s: Setup, prompts: Array, tokens: Array) -> Pass:
+def passes_for(s: Setup, tokens: Array) -> Array:
+    """Passes that a prefill of so many tokens in all takes: the framework's chunk each."""
+    return np.maximum(1.0, np.ceil(tokens / s.framework.chunk))
+
+
+def prefill_all(s: Setup, prompts: Array, tokens: Array, cached_share: float = 0.0) -> Pass:
     """`prompts` prompts in as many passes as the framework's chunk asks for, over the stages of a pipeline."""
-    one = prefill_pass(s, prompts, tokens)
-    passes = np.maximum(1.0, np.ceil(prompts * tokens / s.framework.chunk))
+    past = tokens * cached_share
+    one = prefill_pass(s, prompts, tokens - past, past)
+    passes = passes_for(s, prompts * tokens)
     again = {"launch": one.terms["launch"], "host": s.factors.overhead * s.framework.step_s + 0 * passes}
     terms = {k: v + (passes - 1) * again[k] if k in again else v for k, v in one.terms.items()}
     bubbles = (1 + (s.pp - 1) / np.maximum(prompts, passes)) / s.pp if s.pp > 1 else 1.0
     return Pass(terms, one.hidden, one.bound / s.pp).scaled_terms(bubbles)
 
 
-def static(s: Setup, batch: Array, tokens: Array, output: Array) -> Timing:
-    """`batch` requests at once, prefilled together; those whose cache does not fit wait for a round of the largest."""
+def static(
+    s: Setup, batch: Array, tokens: Array, output: Array, cached_share: float = 0.0, *, progressive: bool = False
+) -> Timing:
+    """`batch` requests at once, prefilled together; those whose cache does not fit wait for a round of the largest.
+
+    `progressive`: a first token counts when its own pass of the prefill has ended, not the whole batch's.
+    """
     largest = memory.largest_batch(s, tokens + output)
     size = np.clip(batch, 1.0, np.maximum(largest, 1.0))
-    prefill, step, took = _round(s, size, tokens, output)
+    prefill, step, took = _round(s, size, tokens, output, cached_share)
     full = np.floor(batch / size)
     rest = batch - full * size
     busy, waiting = full * took, (full - 1) / 2 * took
     if np.any(rest > 0):
-        _, _, last = _round(s, np.maximum(rest, 1.0), tokens, output)
+        _, _, last = _round(s, np.maximum(rest, 1.0), tokens, output, cached_share)
         waiting = np.where(rest > 0, (full * size * waiting + rest * full * took) / batch, waiting)
         busy = busy + np.where(rest > 0, last, 0.0)
-    ttft = dict(prefill.terms)
+    ttft, itl = dict(prefill.terms), dict(step.terms)
+    steps = np.maximum(output - 1, 0)
+    if progressive:
+        passes = passes_for(s, size * tokens)
+        early = prefill.total * (1 - (passes + 1) / (2 * passes))
+        ttft = {k: v * (passes + 1) / (2 * passes) for k, v in ttft.items()}
+        itl["prefills of others"] = early / np.maximum(steps, 1)
     if np.any(waiting > 0):
         ttft["waiting for memory"] = waiting
-    whole = prefill_pass(s, batch, tokens).bound / s.pp
-    weights = s.weights_s()
-    steps = np.maximum(output - 1, 0)
-    ttft_bound = np.maximum(weights / s.pp, (whole - 0.0) * (batch + 1) / (2 * batch))
-    return Timing(
-        ttft, step.terms, prefill.hidden, step.hidden, batch, busy, size, largest,
-        np.minimum(ttft_bound, whole), step.bound, whole + steps * decode_step(s, batch, tokens + 1, tokens + np.maximum(1, steps)).bound / s.pp,
-    )  # fmt: skip
+    past = tokens * cached_share
+    whole = prefill_pass(s, batch, tokens - past, past).bound / s.pp
+    mean = np.maximum(s.weights_s() / s.gpus * s.tp, whole * (batch + 1) / (2 * batch))  # as if one after the other
+    step_bound = decode_step(s, size, tokens + 1, tokens + np.maximum(1, steps)).bound / s.pp
+    busy_bound = whole + steps * decode_step(s, batch, tokens + 1, tokens + np.maximum(1, steps)).bound / s.pp
+    return Timing(ttft, itl, prefill.hidden, step.hidden, batch, busy, size, largest, np.minimum(mean, whole), step_bound,
+                  busy_bound)  # fmt: skip
 
 
-def _round(s: Setup, size: Array, tokens: Array, output: Array) -> tuple[Pass, Pass, Array]:
-    prefill = prefill_all(s, size, tokens)
+def _round(s: Setup, size: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Pass, Array]:
+    prefill = prefill_all(s, size, tokens, cached_share)
     step = decode_step(s, size, tokens + 1, tokens + np.maximum(1.0, output - 1))
     return prefill, step, prefill.total + (output - 1) * step.total
 
@@ -80,40 +96,79 @@ def _round(s: Setup, size: Array, tokens: Array, output: Array) -> tuple[Pass, P
 WAVES = 10  # requests for each of the clients in a closed loop, where nothing else is known: benchmarks' usual choice
 
 
-def closed(s: Setup, clients: Array, tokens: Array, output: Array, waves: Array | float = WAVES) -> Timing:
+def closed(
+    s: Setup, clients: Array, tokens: Array, output: Array, waves: Array | float = WAVES, cached_share: float = 0.0
+) -> Timing:
     """`clients` that each send their next request when the last has ended, in steady state but for the first burst.
 
     While a request decodes, each of the others in flight is prefilled once: that work stretches its steps.  A prompt
-    waits for the step that runs, for prompts before it (a finite-source queue by Schweitzer's approximate mean value
-    analysis, service constant), and the first of its client's `waves` requests waits behind half of the others.  Where
-    the cache does not hold all, the rest wait for a slot.
+    waits for the step that runs, for prompts before it (a finite-source queue by approximate mean value analysis,
+    Schweitzer 1979, with constant service), and the first of its client's `waves` requests waits behind half of the
+    others.  Where the cache does not hold all, the rest wait for a slot.
     """
-    slots = np.maximum(memory.kv_space_bytes(s) / (s.model.kv_bytes(tokens + output / 2, s.kv_dtype) * s.kv_copies), 0.0)
-    largest = memory.largest_batch(s, tokens + output)
+    slots, largest = _slots(s, tokens, output)
     running = np.clip(clients, 1.0, np.maximum(slots, 1.0))
-    one = np.ones_like(clients)
-    prefill = prefill_all(s, one, tokens)
+    prefill, step, itl = _served(s, running, tokens, output, cached_share)
+    own, decoding = prefill.total, total(itl) * np.maximum(output - 1, 0)
+    wait = _queue(own, decoding, running) + (running - 1) / 2 * own / waves
+    ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait * s.factors.queue}
+    if s.factors.slot:
+        ttft["waiting for a slot"] = s.factors.slot * decoding / np.maximum(clients - 1, 1)
+    cycle = total(ttft) + decoding
+    waiting = np.maximum(clients / running - 1, 0.0) * cycle
+    if np.any(waiting > 0):
+        ttft["waiting for memory"] = waiting
+    return _loaded(s, ttft, itl, prefill, step, clients, cycle * clients / running, running, largest, tokens, output)
+
+
+def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share: float = 0.0) -> Timing:
+    """`rate` requests a second by the clock, Poisson: what is in flight follows by Little's law, and a prompt waits as in
+    M/G/1 with the prefills' share of the time as its load (Pollaczek-Khinchine, service constant).  Beyond saturation
+    the queue grows without end: the waiting is infinite."""
+    slots, largest = _slots(s, tokens, output)
+    running = np.ones_like(tokens)
+    for _ in range(40):  # damped; it climbs to the least fixed point, or to the slots where there is none below
+        prefill, step, itl = _served(s, running, tokens, output, cached_share)
+        found = rate * (prefill.total + total(itl) * np.maximum(output - 1, 0))
+        running = np.clip(0.5 * (running + found), 1.0, np.maximum(slots, 1.0))
+    load = rate * prefill.total
+    saturated = (found > slots * (1 + 1e-3)) | (load >= 1)
+    wait = np.where(saturated, np.inf, load * prefill.total / (2 * np.maximum(1 - load, 1e-9))) * s.factors.queue
+    ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait}
+    seconds = np.where(saturated, running / np.maximum(found, 1e-300), 1.0) ** -1
+    return _loaded(s, ttft, itl, prefill, step, np.full_like(tokens, rate), seconds, running, largest, tokens, output)
+
+
+def _slots(s: Setup, tokens: Array, output: Array) -> tuple[Array, Array]:
+    """(sequences that the cache holds while each is on average half generated, whole ones that fit for certain)."""
+    half = s.model.kv_bytes(tokens + output / 2, s.kv_dtype) * s.kv_copies
+    return np.maximum(memory.kv_space_bytes(s) / half, 0.0), memory.largest_batch(s, tokens + output)
+
+
+def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Pass, Terms]:
+    """(the prefill of one prompt, the decoding step of those running, the time between two tokens by its terms)."""
+    prefill = prefill_all(s, np.ones_like(running), tokens, cached_share)
     step = decode_step(s, running, tokens + 1, tokens + np.maximum(1.0, output - 1))
     own = prefill.total
-    shared = sum(step.terms[k] for k in ("weights", "launch", "host", "link latency") if k in step.terms) if s.framework.mixed else 0.0
-    passes = np.maximum(1.0, np.ceil(tokens / s.framework.chunk))
-    others = (running - 1) * np.maximum(own - passes * shared, 0.3 * own) / output
-    itl = {**step.terms, "prefills of others": others}
-    stream = running * s.framework.stream_s * s.factors.overhead
-    plain = step.total + others
+    once = ("weights", "launch", "host", "link latency")  # a pass of both needs these but once
+    shared = sum(step.terms[k] for k in once if k in step.terms) if s.framework.mixed else 0.0
+    itl = {**step.terms, "prefills of others": (running - 1) / output
+           * np.maximum(own - passes_for(s, tokens) * shared, 0.3 * own)}  # fmt: skip
+    plain, stream = total(itl), running * s.framework.stream_s * s.factors.overhead
     itl["stream"] = kernels.smooth_max(plain, stream, 3.0) - plain
-    decoding = total(itl) * np.maximum(output - 1, 0)
-    waiting = _queue(own, decoding, running) * s.factors.queue
-    burst = (running - 1) / 2 * own / waves * s.factors.queue
-    ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": waiting + burst}
-    cycle = total(ttft) + decoding
-    full = np.maximum(clients / running - 1, 0.0) * cycle
-    if np.any(full > 0):
-        ttft["waiting for memory"] = full
+    return prefill, step, itl
+
+
+def _loaded(
+    s: Setup, ttft: Terms, itl: Terms, prefill: Pass, step: Pass, requests: Array, seconds: Array, running: Array,
+    largest: Array, tokens: Array, output: Array,
+) -> Timing:  # fmt: skip
+    one = np.ones_like(running)
     alone = decode_step(s, one, tokens + 1, tokens + np.maximum(1.0, output - 1)).bound
-    bound = prefill_pass(s, one, tokens).bound
-    busy_bound = np.maximum(clients * (output - 1) * step.bound / running, clients * bound * 0)
-    return Timing(ttft, itl, prefill.hidden, step.hidden, clients, cycle * clients / running, running, largest, bound / s.pp, alone, busy_bound)
+    # Whatever the order of passes, the weights are read once for each token of the longest, and all operations are done.
+    busy = np.maximum((output - 1) * alone, requests * prefill.bound)
+    return Timing(ttft, itl, prefill.hidden, step.hidden, requests, seconds, running, largest, prefill.bound / s.pp,
+                  alone / s.pp, busy / s.pp)  # fmt: skip
 
 
 def _queue(service: Array, elsewhere: Array, customers: Array) -> Array:

@@ -50,12 +50,22 @@ def largest_batch(s: Setup, context: Array, share: float = MEMORY_SHARE) -> Arra
     return np.maximum(0.0, np.floor(kv_space_bytes(s, share) / each))
 
 
-def peak_bytes(s: Setup, batch: Array, tokens: Array, output: Array) -> Array:
-    """Peak memory of one accelerator times their number: what an engine takes in advance, or what a batch needs."""
-    context = CONTEXT_BYTES * s.gpus
-    weights = s.model.weight_bytes(s.dtype)
+def peak_terms(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str, Array]:
+    """Peak memory in use of all accelerators together, by part.
+
+    An engine that takes its share in advance (vLLM and its like) shows that share whatever it serves; others need
+    weights, the cache of the batch, activations and the runtime's own.
+    """
+    same = np.ones_like(batch)
+    terms = {"weights": s.model.weight_bytes(s.dtype) * same, "runtime": CONTEXT_BYTES * s.gpus * same}
     if s.framework.pool:
-        return np.maximum(usable_bytes(s.hardware) * s.gpus * s.framework.pool, weights + context) * np.ones_like(batch)
-    kv = batch * s.model.kv_bytes(tokens + output, s.kv_dtype) * s.kv_copies
+        taken = usable_bytes(s.hardware) * s.gpus * s.framework.pool
+        return terms | {"reserved": np.maximum(taken - terms["weights"], 0.0)}
     logits = batch * tokens if s.framework.all_logits else batch
-    return np.asarray(weights + kv + context + s.gpus * activation_bytes(s, batch * tokens, logits))
+    terms["kv cache"] = batch * s.model.kv_bytes(tokens + output, s.kv_dtype) * s.kv_copies
+    return terms | {"activations": s.gpus * activation_bytes(s, batch * tokens, logits)}
+
+
+def peak_bytes(s: Setup, batch: Array, tokens: Array, output: Array) -> Array:
+    """The sum of `peak_terms`."""
+    return np.asarray(sum(peak_terms(s, batch, tokens, output).values()))

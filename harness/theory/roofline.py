@@ -45,9 +45,11 @@ LIMIT_OF = {
     "link latency": "communication",
     "link volume": "communication",
     "waiting for memory": "capacity",
-    "waiting for prefills": "queueing",
-    "waiting for a step": "queueing",
-    "prefills of others": "queueing",
+    "waiting for prefills": "queue",
+    "waiting for a step": "queue",
+    "waiting for a slot": "queue",
+    "prefills of others": "compute",
+    "stream": "latency",
     "draft": "memory_bandwidth",
 }
 
@@ -65,6 +67,7 @@ class Factors:
     overhead: float = 1.0
     link: float = 1.0
     queue: float = 1.0
+    slot: float = 0.0  # an addend: slots that the server has fewer than the clients, as a share of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class Setup:
     tp: int
     pp: int
     ep: int
+    dp: int  # replicas of the attention within one expert-parallel group
     dtype: str | None  # None: the weights as stored
     kv_dtype: str | None
     matmul_dtype: str
@@ -92,7 +96,7 @@ class Setup:
 
     @property
     def gpus(self) -> int:
-        return self.tp * self.pp
+        return self.tp * self.pp * self.dp
 
     @property
     def kv_copies(self) -> float:
@@ -114,6 +118,7 @@ def setup(
     tp: int = 1,
     pp: int = 1,
     ep: int = 1,
+    dp: int = 1,
     factors: Factors | None = None,
 ) -> Setup:
     """Settle dtypes, rates and laws.  Raises RidgelineError for a split that the model or the hardware cannot have."""
@@ -121,13 +126,13 @@ def setup(
     weights, activations, matmul = _dtypes(model, dtype, notes)
     used, gain = _rate(hardware, matmul, activations, model, weights, notes)
     wide, _ = _rate(hardware, activations, activations, model, weights, [])
-    _check_split(model, hardware, tp, pp, ep)
+    _check_split(model, hardware, tp, pp, ep, dp)
     if not kernels.measured_itself(hardware) and not hardware.measured:
         notes.append(f"no kernels of {hardware.name} were measured: the efficiencies are those of other accelerators")
     cache = None if kv_dtype in (None, "", "auto") else dtype_named(str(kv_dtype))
     cache_law = "fp8" if cache in ("fp8", "int8") else "bf16"
     return Setup(
-        model, hardware, framework, tp, pp, ep, weights, cache, used,
+        model, hardware, framework, tp, pp, ep, dp, weights, cache, used,
         hardware.flops[used], hardware.flops[wide], gain, factors or Factors(), tuple(notes),
         gemm=kernels.law(hardware, "gemm", _law_dtype(weights or model.dtype, used)),
         head=kernels.law(hardware, "gemm", "bf16"),
@@ -180,7 +185,7 @@ def _rate(
     return used, 2.0 if stored in WHOLE else 4.0
 
 
-def _check_split(model: Model, hardware: Hardware, tp: int, pp: int, ep: int) -> None:
+def _check_split(model: Model, hardware: Hardware, tp: int, pp: int, ep: int, dp: int) -> None:
     heads = model.groups[0].heads
     if tp < 1 or any(g.heads % tp for g in model.groups):
         raise RidgelineError(f"tp {tp} must be at least 1 and divide the {heads} heads of {model.name}")
@@ -189,7 +194,9 @@ def _check_split(model: Model, hardware: Hardware, tp: int, pp: int, ep: int) ->
     experts = max(g.experts for g in model.groups)
     if ep < 1 or (ep > 1 and (not experts or experts % ep)):
         raise RidgelineError(f"ep {ep} must be 1 or divide the {experts} experts of {model.name}")
-    if tp * pp > 1 and math.isnan(hardware.link_for(tp * pp)):
+    if dp < 1 or (dp > 1 and not experts):
+        raise RidgelineError(f"dp {dp} must be at least 1, and 1 for {model.name}, which has no experts to share")
+    if tp * pp * dp > 1 and math.isnan(hardware.link_for(tp * pp * dp)):
         raise RidgelineError(f"hardware {hardware.name}: no link or PCIe rate is known, so tp and pp must be 1, got {tp} and {pp}")
 
 
@@ -219,7 +226,7 @@ def decode_step(s: Setup, batch: Array, first: Array, last: Array) -> Pass:
     In pipeline parallel the batch is split over the stages, and a token takes the time of all of them.
     """
     model = s.model
-    batch = batch / np.minimum(batch, s.pp)
+    whole, batch = batch, np.maximum(1.0, batch / np.minimum(batch, s.pp) / s.dp)
     kv = batch * model.mean_kv_read_bytes(first, last, s.kv_dtype)
     flops = batch * model.mean_attention_flops(first, last)
     narrow = s.kv_dtype or ("fp8" if (s.dtype or model.dtype) not in WHOLE else None)
@@ -235,9 +242,9 @@ def decode_step(s: Setup, batch: Array, first: Array, last: Array) -> Pass:
     done.terms["attention"] = np.where(reads >= computing, 0.0, longer)
     done.hidden["attention"] = np.where(reads >= computing, shorter, 0.0)
     _overheads(s, done.terms, batch, model.layers * s.decode.latency_s, eager=s.framework.eager_decode)
-    done.terms["host"] = s.factors.overhead * (s.framework.step_s + s.framework.sequence_s * batch) * np.ones_like(batch)
+    done.terms["host"] = s.factors.overhead * (s.framework.step_s + s.framework.sequence_s * whole)
     bound = np.maximum(
-        (model.read_bytes(s.dtype) + kv_least) / (s.hardware.bytes_per_s * s.tp),
+        (model.read_bytes(s.dtype) / s.dp + kv_least) / (s.hardware.bytes_per_s * s.tp),
         _work(s, batch, batch, flops) / s.gain,
     )
     return Pass(done.terms, done.hidden, bound)
@@ -245,7 +252,8 @@ def decode_step(s: Setup, batch: Array, first: Array, last: Array) -> Pass:
 
 def prefill_pass(s: Setup, prompts: Array, tokens: Array, past: Array | float = 0.0) -> Pass:
     """`prompts` prompts of `tokens` each, in one batch, with `past` tokens of each already in the cache."""
-    model, total = s.model, prompts * tokens
+    model, prompts = s.model, np.maximum(1.0, prompts / s.dp)
+    total = prompts * tokens
     flops = prompts * model.prefill_attention_flops(tokens, past)
     law = s.prefill
     done = _matrices(s, total, prompts)
@@ -259,7 +267,7 @@ def prefill_pass(s: Setup, prompts: Array, tokens: Array, past: Array | float = 
         s.framework.step_s + s.framework.sequence_s * prompts + s.framework.token_s * total
     )
     bound = np.maximum(
-        model.read_bytes(s.dtype) / (s.hardware.bytes_per_s * s.tp), _work(s, total, prompts, flops) / s.gain
+        model.read_bytes(s.dtype) / (s.hardware.bytes_per_s * s.gpus), _work(s, total, prompts, flops) / s.gain / s.dp
     )
     return Pass(done.terms, done.hidden, bound)
 
@@ -281,10 +289,10 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
         (s.head, model.vocab * model.hidden * _head_bytes(s), model.head_flops_per_token * heads, s.head_flops),
     ]
     if routed:
-        # Each expert sees few of the tokens, and its rows are padded to a tile: by half a tile on average.
-        per_expert = tokens * model.experts_read(tokens) * 0 + tokens
-        jobs.append((s.gemm, parts["experts"] * model.experts_read(tokens) * s.framework.experts,
-                     routed * per_expert * s.framework.experts, s.flops))  # fmt: skip
+        # All replicas' tokens meet the experts, which are spread over all of them.
+        read = model.experts_read(tokens * s.dp)
+        jobs.append((s.gemm, parts["experts"] * read / s.dp * s.framework.experts,
+                     routed * tokens * s.framework.experts, s.flops))  # fmt: skip
     zero = np.zeros_like(tokens, dtype=np.float64)
     terms: Terms = {"weights": zero, "matmul": zero, "ridge": zero}
     hidden: Terms = {"weights": zero, "matmul": zero}
@@ -328,6 +336,12 @@ def _overheads(s: Setup, terms: Terms, tokens: Array, attention_latency_s: float
         calls = 2 * model.layers
         latency = latency + calls * (law.latency_s + fw.link_s)
         volume = volume + calls * 2 * (s.tp - 1) / s.tp * tokens * model.hidden * 2 / rate / law.bandwidth
+    if s.dp > 1:  # each layer with experts sends every token's activations to theirs and takes the results back
+        law, rate = kernels.link(s.hardware, s.dp), s.hardware.link_for(s.dp)
+        layers = sum(g.count for g in model.groups if g.experts)
+        copies = min(s.dp - 1, max(g.experts_per_token for g in model.groups))
+        latency = latency + 2 * layers * (law.latency_s + fw.link_s)
+        volume = volume + layers * copies * tokens * model.hidden * 3 / rate / law.bandwidth
     if s.pp > 1:
         law, rate = kernels.link(s.hardware, 2), s.hardware.link_for(s.gpus)
         latency = latency + (s.pp - 1) * 2 * (law.latency_s + fw.link_s)
