@@ -12,8 +12,10 @@ from dataclasses import dataclass
 class Framework:
     """`step_s` host time of a step that no GPU work hides, `sequence_s` more for each sequence in it, `token_s` for each
     prompt token; `launch_s` of a kernel launched from the host where no graph is replayed.  `gemm`, `compute`,
-    `attention`, `experts`: times the kernels' own laws.  `pool`: share of the memory taken in advance; 0: as needed.
-    `stream_s` of sending a token on, which is done beside the step and
+    `attention`, `experts`: times the kernels' own laws.  `pool`: share of the memory taken in advance, for all or for the "cache" alone; 0: as
+    needed.
+    `request_s` from a request's arrival to its first pass;
+    `expert_layer_s` more for a layer with experts: routing, permuting, gathering.  `stream_s` of sending a token on, which is done beside the step and
     bounds it where many stream.  Its decode attention takes group size ^ `grouped` longer
     than the reads (kernels that read a KV head for several of its query heads), and `serial_s` for each position of a
     context where it does not split one sequence over the GPU.  `chunk`: most
@@ -33,21 +35,27 @@ class Framework:
     grouped: float = 0.0
     serial_s: float = 0.0
     experts: float = 1.0
+    expert_layer_s: float = 0.0
+    request_s: float = 0.0
     eager_prefill: bool = True
     eager_decode: bool = False
     pool: float = 0.9
+    pool_of: str = "all"
     chunk: int = 8192
     mixed: bool = True
     all_logits: bool = False
 
 
 ROWS = {
-    "generic": Framework("generic", 0.6e-3, 10e-6, grouped=0.1, stream_s=50e-6),
-    "vllm": Framework("vllm", 0.6e-3, 10e-6, link_s=1e-6, stream_s=50e-6, grouped=0.1),
-    "sglang": Framework("sglang", 0.6e-3, 10e-6, link_s=1e-6, stream_s=50e-6, grouped=0.1),
-    "tensorrt-llm": Framework("tensorrt-llm", 0.47e-3, 10e-6, link_s=1e-6, stream_s=64e-6, gemm=0.95, attention=0.93,
-                              grouped=0.085, eager_prefill=False),
-    "lmdeploy": Framework("lmdeploy", 0.5e-3, 10e-6, eager_prefill=False),
+    "generic": Framework("generic", 0.6e-3, 10e-6, grouped=0.1, stream_s=50e-6, experts=1.4, expert_layer_s=30e-6,
+                         request_s=20e-3),
+    "vllm": Framework("vllm", 0.65e-3, 10e-6, link_s=1e-6, stream_s=50e-6, grouped=0.1, experts=1.9,
+                      expert_layer_s=25e-6, request_s=15e-3),
+    "sglang": Framework("sglang", 0.6e-3, 10e-6, link_s=1e-6, stream_s=50e-6, grouped=0.1, experts=1.2,
+                        expert_layer_s=30e-6, request_s=0.2, mixed=False),
+    "tensorrt-llm": Framework("tensorrt-llm", 0.54e-3, 10e-6, link_s=1e-6, stream_s=56e-6, gemm=0.97, attention=0.87,
+                              grouped=0.09, experts=1.35, expert_layer_s=50e-6, request_s=0.12, eager_prefill=False),
+    "lmdeploy": Framework("lmdeploy", 0.5e-3, 10e-6, eager_prefill=False, pool=0.8, pool_of="cache"),
     "deepspeed": Framework("deepspeed", 4.8e-3, 20e-6, link_s=8e-6, grouped=0.3),
     "transformers": Framework("transformers", 3e-3, launch_s=8e-6, attention=2.0, eager_decode=True, pool=0.0,
                               all_logits=True),

@@ -59,7 +59,9 @@ def peak_terms(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str
     same = np.ones_like(batch)
     terms = {"weights": s.model.weight_bytes(s.dtype) * same, "runtime": CONTEXT_BYTES * s.gpus * same}
     if s.framework.pool:
-        taken = usable_bytes(s.hardware) * s.gpus * s.framework.pool
+        whole = usable_bytes(s.hardware) * s.gpus
+        cache_only = terms["weights"] if s.framework.pool_of == "cache" else 0.0
+        taken = np.minimum(whole * s.framework.pool + cache_only, 0.98 * whole)
         return terms | {"reserved": np.maximum(taken - terms["weights"], 0.0)}
     logits = batch * tokens if s.framework.all_logits else batch
     terms["kv cache"] = batch * s.model.kv_bytes(tokens + output, s.kv_dtype) * s.kv_copies

@@ -328,6 +328,7 @@ def _overheads(s: Setup, terms: Terms, tokens: Array, attention_latency_s: float
     # The tables' narrow products quantize the activations in a kernel of its own, which engines fuse with the norm before:
     # the latency is that of 16 bit.
     graph = gemms * min(s.gemm.latency_s, s.head.latency_s) + attention_latency_s + small * SMALL_KERNEL_S
+    graph += sum(g.count for g in model.groups if g.experts) * fw.expert_layer_s
     launched = (gemms + small + model.layers) * fw.launch_s if eager else 0.0  # without graphs, from the host
     terms["launch"] = s.factors.overhead * max(graph, launched) * np.ones_like(tokens)
     latency, volume = np.zeros_like(tokens), np.zeros_like(tokens)
