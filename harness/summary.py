@@ -12,6 +12,7 @@ from harness import checks, metrics, server, units
 from harness.lengths import typical
 from harness.records import NAN, Finding, RidgelineError, Table
 from harness.theory import seeds
+from harness.theory.calibration import from_dict
 from harness.theory.hardware import Hardware
 from harness.theory.predict import plane, predict
 from harness.theory.shape import Model
@@ -27,6 +28,7 @@ def build(run: Mapping[str, Any], state: str, records: Table, events: Sequence[M
     scenario = run["scenario"]
     workload = scenario["workload"]
     theory = scenario["theory"]
+    asked = _asked(run, theory)
     asked_in, asked_out = (workload[key] if isinstance(workload[key], int) else None for key in LENGTHS)
     if workload.get("prompts") or workload.get("trace") or workload.get("turns", 1) > 1:
         asked_in = None
@@ -44,7 +46,7 @@ def build(run: Mapping[str, Any], state: str, records: Table, events: Sequence[M
         seen = [s for s in samples if any(start <= s["at_s"] <= end for start, end in spans)]
         row["batch_ran"] = _batch_ran(seen)
         row |= _beside(records.where(records.point == index), samples, spans)
-        row["predicted"] = _predicted(row, workload, theory, model, hardware)
+        row["predicted"] = _predicted(row, workload, asked, model, hardware)
         evidence = checks.Evidence(row, of_point, asked_in, asked_out, workload["mode"], felt,
                                    seen, row["predicted"], repeats, workload["api"])  # fmt: skip
         findings = checks.run_checks(evidence)
@@ -67,7 +69,7 @@ def build(run: Mapping[str, Any], state: str, records: Table, events: Sequence[M
         "findings": [dataclasses.asdict(f) for f in findings],
         "verdict": verdict,
         "points": points,
-        "plane": _plane(workload, points, theory, model, hardware),
+        "plane": _plane(workload, points, asked, model, hardware),
     }
     return summary | {"verdict_sentence": sentence(summary)}
 
@@ -92,7 +94,20 @@ def _batch_ran(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"mean": float(np.mean(running)), "max": max(running), "n": len(running), "source": source}
 
 
-def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], theory: Mapping[str, Any], model: Model | None,
+def _asked(run: Mapping[str, Any], theory: Mapping[str, Any]) -> dict[str, Any]:
+    """What a prediction takes beside model, hardware and point.  Runs of older formats have no calibration."""
+    stored = (run.get("theory") or {}).get("calibration")
+    return {
+        "dtype": theory["dtype"],
+        "kv_dtype": theory["kv_dtype"],
+        "tp": theory["tp"],
+        "pp": theory.get("pp", 1),
+        "framework": theory.get("framework") or (run.get("engine") or {}).get("kind"),
+        "calibration": from_dict(stored, "run.json") if stored else None,
+    }
+
+
+def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], asked: Mapping[str, Any], model: Model | None,
                hardware: Hardware | None) -> dict[str, Any] | None:  # fmt: skip
     if model is None or hardware is None:
         return None
@@ -105,8 +120,7 @@ def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], theory: Mapp
         return None
     try:
         found = predict(model, hardware, batch=max(1, round(batch)), input_tokens=round(inputs),
-                        output_tokens=round(outputs), dtype=theory["dtype"], kv_dtype=theory["kv_dtype"],
-                        tp=theory["tp"], mode=workload["mode"]).as_dict()  # fmt: skip
+                        output_tokens=round(outputs), mode=workload["mode"], **asked).as_dict()  # fmt: skip
     except RidgelineError:
         return None
     measured = {
@@ -117,7 +131,7 @@ def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], theory: Mapp
     return found
 
 
-def _plane(workload: Mapping[str, Any], points: Sequence[Mapping[str, Any]], theory: Mapping[str, Any], model: Model | None,
+def _plane(workload: Mapping[str, Any], points: Sequence[Mapping[str, Any]], asked: Mapping[str, Any], model: Model | None,
            hardware: Hardware | None) -> dict[str, Any] | None:  # fmt: skip
     if model is None or hardware is None:
         return None
@@ -128,7 +142,7 @@ def _plane(workload: Mapping[str, Any], points: Sequence[Mapping[str, Any]], the
         return None
     try:
         return plane(model, hardware, input_tokens=round(lengths[0]), output_tokens=round(lengths[1]),
-                     dtype=theory["dtype"], tp=theory["tp"])  # fmt: skip
+                     **asked)  # fmt: skip
     except RidgelineError:
         return None
 

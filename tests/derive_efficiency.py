@@ -139,7 +139,9 @@ def _prefill(folder):
         def law(x, work=work, reads=reads, n=n):
             return x[0] * 1e-6 + reads / x[1] + work * (1 + x[3] / n) / x[2]
 
-        x, error = _fit(law, g.latency_ms.to_numpy() / 1e3, [10, 0.6, 0.6, 300], [2, 0.2, 0.1, 1], [60, 0.97, 1.0, 4000])
+        x, error = _fit(
+            law, g.latency_ms.to_numpy() / 1e3, [10, 0.6, 0.6, 300], [2, 0.2, 0.1, 1], [60, 0.97, 1.0, 4000]
+        )
         yield _row(prefixes, name, "prefill", _kv(dtype), "", x[0], x[1], x[2], "", x[3], error, len(g))
 
 

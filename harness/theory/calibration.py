@@ -13,7 +13,7 @@ from harness.theory.roofline import Factors
 from harness.theory.shape import Model
 
 # What belongs to the software goes with it to other hardware; what belongs to the hardware goes half of the way.
-SOFTWARE = ("overhead", "queue", "slot")
+SOFTWARE = ("overhead", "queue", "request", "slot")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Calibration:
         return Factors(**{k: v if k in SOFTWARE else math.sqrt(v) for k, v in given.items()})
 
     def closeness(self, model: Model, hardware: Hardware) -> str:
-        """"same" server, another "model" on the same hardware, or other "hardware"."""
+        """ "same" server, another "model" on the same hardware, or other "hardware"."""
         if hardware.name != self.hardware:
             return "hardware"
         return "same" if model.name in self.models else "model"

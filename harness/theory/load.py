@@ -115,7 +115,7 @@ def closed(
     own, decoding = prefill.total, total(itl) * np.maximum(output - 1, 0)
     wait = _queue(own, decoding, running) + (running - 1) / 2 * own / waves
     ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait * s.factors.queue}
-    ttft["host"] = ttft["host"] + s.framework.request_s
+    ttft["host"] = ttft["host"] + s.framework.request_s * s.factors.request
     if s.factors.slot:
         ttft["waiting for a slot"] = s.factors.slot * decoding / np.maximum(clients - 1, 1)
     cycle = total(ttft) + decoding

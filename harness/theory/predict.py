@@ -120,7 +120,9 @@ def point(found: Sweep, at: int) -> PointPrediction:
     e2e = _e2e(found, at, ttft, itl)
     speed = _speed(found, at, e2e.limit)
     energy = s.hardware.tdp_w * s.gpus / speed.value if speed.value else NAN
-    return PointPrediction(*shape, ttft, itl, e2e, speed, memory_needed, e2e.limit, largest, True, energy, seed, s.notes)
+    return PointPrediction(
+        *shape, ttft, itl, e2e, speed, memory_needed, e2e.limit, largest, True, energy, seed, s.notes
+    )
 
 
 def _prompts(found: Sweep, at: int) -> str:
@@ -245,6 +247,7 @@ def plane(
     dtype: str | None = None,
     kv_dtype: str | None = None,
     tp: int = 1,
+    pp: int = 1,
     framework: str | None = None,
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
@@ -256,7 +259,7 @@ def plane(
     as long as reading the weights; `largest_batch` what the KV cache admits.
     """
     s = sweep(model, hardware, batch=1, input_tokens=input_tokens, output_tokens=output_tokens, dtype=dtype,
-              kv_dtype=kv_dtype, tp=tp, framework=framework, calibration=calibration).setup  # fmt: skip
+              kv_dtype=kv_dtype, tp=tp, pp=pp, framework=framework, calibration=calibration).setup  # fmt: skip
     matmul = (model.matmul_flops_per_token / s.flops + model.head_flops_per_token / s.head_flops) / tp
     ridge = s.weights_s() / matmul
     top = math.ceil(math.log2(min(65_536, max(256, 4 * ridge))))

@@ -67,6 +67,7 @@ class Factors:
     overhead: float = 1.0
     link: float = 1.0
     queue: float = 1.0
+    request: float = 1.0
     slot: float = 0.0  # an addend: slots that the server has fewer than the clients, as a share of one
 
 
@@ -197,7 +198,9 @@ def _check_split(model: Model, hardware: Hardware, tp: int, pp: int, ep: int, dp
     if dp < 1 or (dp > 1 and not experts):
         raise RidgelineError(f"dp {dp} must be at least 1, and 1 for {model.name}, which has no experts to share")
     if tp * pp * dp > 1 and math.isnan(hardware.link_for(tp * pp * dp)):
-        raise RidgelineError(f"hardware {hardware.name}: no link or PCIe rate is known, so tp and pp must be 1, got {tp} and {pp}")
+        raise RidgelineError(
+            f"hardware {hardware.name}: no link or PCIe rate is known, so tp and pp must be 1, got {tp} and {pp}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,15 +255,19 @@ def decode_step(s: Setup, batch: Array, first: Array, last: Array) -> Pass:
 
 def prefill_pass(s: Setup, prompts: Array, tokens: Array, past: Array | float = 0.0) -> Pass:
     """`prompts` prompts of `tokens` each, in one batch, with `past` tokens of each already in the cache."""
-    model, prompts = s.model, np.maximum(1.0, prompts / s.dp)
+    model, prompts, past = s.model, np.maximum(1.0, prompts / s.dp), np.asarray(past, dtype=np.float64)
     total = prompts * tokens
     flops = prompts * model.prefill_attention_flops(tokens, past)
     law = s.prefill
     done = _matrices(s, total, prompts)
     moved = 2.0 * total * sum(2 * g.count * g.head_dim * (g.heads + g.kv_heads) for g in model.groups)
-    done.terms["attention"] = s.factors.compute * s.framework.attention * (
-        flops / (s.head_flops * s.tp) / law.compute * (1 + law.half_length / (tokens + past))
-        + moved / (s.hardware.bytes_per_s * s.tp) / law.bandwidth
+    done.terms["attention"] = (
+        s.factors.compute
+        * s.framework.attention
+        * (
+            flops / (s.head_flops * s.tp) / law.compute * (1 + law.half_length / (tokens + past))
+            + moved / (s.hardware.bytes_per_s * s.tp) / law.bandwidth
+        )
     )
     _overheads(s, done.terms, total, model.layers * law.latency_s, eager=s.framework.eager_prefill)
     done.terms["host"] = s.factors.overhead * (
@@ -284,7 +291,7 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
     rate = s.hardware.bytes_per_s * s.tp
     routed = sum(g.count * g.experts_per_token * g.expert_matmul for g in model.groups) * 2.0
     dense = model.matmul_flops_per_token - routed
-    jobs = [
+    jobs: list[tuple[kernels.Law, Array | float, Array, float]] = [
         (s.gemm, parts["attention"] + parts["ffn"] + parts["router"] + parts["norms"], dense * tokens, s.flops),
         (s.head, model.vocab * model.hidden * _head_bytes(s), model.head_flops_per_token * heads, s.head_flops),
     ]

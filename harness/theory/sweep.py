@@ -104,7 +104,9 @@ def sweep(
     if mode not in MODES:
         raise RidgelineError(f"mode {mode!r} must be one of {', '.join(MODES)}")
     if not 0 <= cached_share < 1:
-        raise RidgelineError(f"the share of a prompt in the prefix cache must be from 0 to below 1, got {cached_share:g}")
+        raise RidgelineError(
+            f"the share of a prompt in the prefix cache must be from 0 to below 1, got {cached_share:g}"
+        )
     s = setup(model, hardware, find(framework, offline=mode == "static"), dtype=dtype, kv_dtype=kv_dtype, tp=tp, pp=pp,
               ep=ep, dp=dp, factors=calibration.factors_for(hardware) if calibration else None)  # fmt: skip
     if mode in ("wave", "static"):
@@ -116,7 +118,9 @@ def sweep(
     return _columns(s, mode, b, i, o, timing, calibration)
 
 
-def _columns(s: Setup, mode: str, b: Array, i: Array, o: Array, t: load.Timing, calibration: Calibration | None) -> Sweep:
+def _columns(
+    s: Setup, mode: str, b: Array, i: Array, o: Array, t: load.Timing, calibration: Calibration | None
+) -> Sweep:
     fits = t.largest >= 1
     steps = np.maximum(o - 1, 0)
     e2e = {name if name.startswith("waiting") else f"prefill {name}": v for name, v in t.ttft.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,17 +38,6 @@ METRICS = {
     "total_tps": ("output_tokens_per_s", 1.0),
     "mem_gb": ("mem_bytes", 2.0**30),
 }
-# What stands for a family where a table does not say which member: the one that serving is measured on.
-USUAL = {
-    "h100": "H100-SXM-80GB",
-    "h100-80gb": "H100-SXM-80GB",
-    "a100": "A100-SXM-80GB",
-    "a100-80gb": "A100-SXM-80GB",
-    "a100-sxm": "A100-SXM-80GB",
-    "a100-40gb": "A100-SXM-40GB",
-    "v100": "V100-SXM2-32GB",
-    "max1550": "Max-1550-PVC",
-}
 NO_LENGTH = 128.0  # input tokens where a table does not tell: only what hardly depends on them is predicted
 Server = tuple[Any, ...]
 SERVER = ("model", "gpu", "framework", "weight_dtype", "kv_dtype", "n_gpus", "tp", "pp", "ep")
@@ -69,17 +58,6 @@ class Case:
     framework: str
 
 
-def gpu_named(name: str) -> Hardware:
-    """The row of a GPU by any usual name; a GCD is one of the two halves of its card."""
-    plain = name.strip().casefold().replace("_", "-").replace(" ", "-")
-    if plain.endswith("-gcd"):
-        card = table_of_hardware.find(plain.removesuffix("-gcd"))
-        halves = {dtype: flops / 2 for dtype, flops in card.flops.items()}
-        return replace(card, name=f"{card.name}-GCD", flops=halves, mem_bytes=card.mem_bytes / 2,
-                       bytes_per_s=card.bytes_per_s / 2, tdp_w=card.tdp_w / 2)  # fmt: skip
-    return table_of_hardware.find(USUAL.get(plain.removeprefix("nvidia-"), name))
-
-
 def read(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     """The table with every column there, numbers as numbers; RidgelineError names what is missing or wrong."""
     if missing := [c for c in NEEDED if c not in frame.columns]:
@@ -92,7 +70,7 @@ def read(frame: pd.DataFrame, where: str) -> pd.DataFrame:
         given = frame[column] if column in frame else pd.Series(np.nan, frame.index)
         numbers = pd.to_numeric(given, errors="coerce").astype(float)
         if len(wrong := given[numbers.isna() & given.notna()]):
-            raise RidgelineError(f"{where}: {column} of data row {frame.index.get_loc(wrong.index[0])} must be a number, "  # type: ignore[str-bytes-safe]
+            raise RidgelineError(f"{where}: {column} of data row {frame.index.get_loc(wrong.index[0])} must be a number, "
                                  f"got {wrong.iloc[0]!r}")  # fmt: skip
         frame[column] = numbers
     for column in ("model", "gpu", "kind", "framework", "weight_dtype", "kv_dtype"):
@@ -103,7 +81,7 @@ def read(frame: pd.DataFrame, where: str) -> pd.DataFrame:
 
 def case_of(row: dict[Hashable, Any]) -> Case:
     """The model, the hardware and the split of a row.  Raises RidgelineError, whose text is the row's reason."""
-    model, gpu = catalogue.find(row["model"]), gpu_named(row["gpu"])
+    model, gpu = catalogue.find(row["model"]), table_of_hardware.usual(row["gpu"])
     framework, stored = row["framework"], row["weight_dtype"].casefold()
     dtype = {"": None, "?": None, "auto": None}.get(stored, row["weight_dtype"])
     cache = row["kv_dtype"].casefold() or None
@@ -170,7 +148,9 @@ def _fill(out: pd.DataFrame, case: Case, kind: str, rows: pd.DataFrame, calibrat
     per_request = ((rows.isl + rows.osl) / rows.osl).to_numpy()
     for column, (metric, unit) in METRICS.items():
         got = found.columns[metric]
-        scale = {"out_tps": case.replicas, "total_tps": case.replicas * per_request, "mem_gb": case.replicas}.get(column, 1)
+        scale = {"out_tps": case.replicas, "total_tps": case.replicas * per_request, "mem_gb": case.replicas}.get(
+            column, 1
+        )
         needs_length = column in ("ttft_ms", "e2e_s", "total_tps")
         shown = rows.isl.notna().to_numpy() if needs_length else np.ones(len(rows), bool)
         for name, values in (
@@ -180,16 +160,21 @@ def _fill(out: pd.DataFrame, case: Case, kind: str, rows: pd.DataFrame, calibrat
             (f"bound_{column}", got.bound),
         ):
             out.loc[rows.index, name] = np.where(shown & np.isfinite(values), values / unit * scale, np.nan)
-    out.loc[rows.index[~found.fits], "reason"] = f"{case.model.name} does not fit {case.tp * case.pp * case.dp} × {case.hardware.name}"
+    out.loc[rows.index[~found.fits], "reason"] = (
+        f"{case.model.name} does not fit {case.tp * case.pp * case.dp} × {case.hardware.name}"
+    )
     unknown = rows.index[rows.isl.isna().to_numpy() & found.fits]
     out.loc[unknown, "reason"] = "isl is missing: only what hardly depends on it is predicted"
 
 
 def swept(case: Case, kind: str, rows: pd.DataFrame, calibration: Calibration | None) -> Sweep:
     """The sweep over rows of one server and kind."""
-    lengths = {"input_tokens": rows.isl.fillna(NO_LENGTH).clip(lower=1).to_numpy(), "output_tokens": rows.osl.to_numpy()}
+    lengths = {
+        "input_tokens": rows.isl.fillna(NO_LENGTH).clip(lower=1).to_numpy(),
+        "output_tokens": rows.osl.to_numpy(),
+    }
     batch = np.maximum(1.0, np.ceil(rows.batch.to_numpy() / case.replicas))
-    mode = "static" if kind == "static" else "closed"
+    mode = kind if kind in ("static", "wave") else "closed"
     split = {"tp": case.tp, "pp": case.pp, "dp": case.dp, "dtype": case.dtype, "kv_dtype": case.kv_dtype}
     if kind.startswith("offline"):
         batch, lengths = np.full(len(rows), 1e8), lengths
@@ -206,7 +191,9 @@ def scores(out: pd.DataFrame) -> pd.DataFrame:
     """
     known = out[out[[f"pred_{m}" for m in METRICS]].notna().any(axis=1)]
     moe = known.model.map({name: catalogue.find(name).moe for name in known.model.unique()})
-    kind = np.where(known.kind.eq("static"), "static", np.where(known.kind.str.startswith("offline"), "offline", "load"))
+    kind = np.where(
+        known.kind.eq("static"), "static", np.where(known.kind.str.startswith("offline"), "offline", "load")
+    )
     devices = np.where(known.n_gpus.fillna(1) > 1, "several", "one")
     rows = []
     for group in sorted({("all",) * 3, *((k, "all", "all") for k in kind), *zip(kind, np.where(moe, "moe", "dense"), ["all"] * len(known), strict=True),
