@@ -247,7 +247,7 @@ def _cells(rows: pd.DataFrame, wanted: str) -> pd.DataFrame:
                 raise RidgelineError(
                     f"--calibrate-on: no column {column!r}; columns are {', '.join(map(str, rows.columns))}"
                 )
-            keep &= rows[column].map(lambda v: _same(v, value)).to_numpy()
+            keep &= np.array([_same(v, value) for v in rows[column]])
         cells = rows[keep]
     else:
         cells = _table(Path(wanted))

@@ -51,6 +51,10 @@ GEMM_DTYPES = {
 # Over PCIe an all-reduce is as fast as the host's switches (0.06 and 0.35 of the link on two machines of eight): a matter
 # of the machine and not of the GPU, so these two make the generic row and have none of their own.
 PCIE = ("L40S", "RTX")
+# Shares of the dense peak that others measured, for hardware without tables: maximum achievable matmul FLOPS of
+# stas00/ml-engineering (MI300X 668 of 1307 TFLOPS, Gaudi2 419 of 432), and 43 % of 125 TFLOPS on an A10 (karpathy/llm.c
+# pull request 621).  What is not stated is as of "*".
+STATED = {"MI300X;MI325X;MI355X": 0.51, "Gaudi2": 0.87, "A10": 0.5}
 COLUMNS = ("hardware", "reference", "kernel", "dtype", "gpus", "latency_us", "bandwidth", "compute", "sharpness", "half_length",
            "error", "rows")  # fmt: skip
 
@@ -58,6 +62,8 @@ COLUMNS = ("hardware", "reference", "kernel", "dtype", "gpus", "latency_us", "ba
 def main(folder: Path, out: Path) -> None:
     rows = [*_gemm(folder), *_decode(folder), *_prefill(folder), *_all_reduce(folder)]
     rows += _generic(rows)
+    common = next(r for r in rows if r["hardware"] == "*" and r["kernel"] == "gemm" and r["dtype"] == "bf16")
+    rows += [common | {"hardware": name, "compute": share, "rows": 0} for name, share in STATED.items()]
     rows = [r for r in rows if r["kernel"] != "all_reduce" or not r["hardware"].startswith(PCIE)]
     with out.open("w", newline="") as file:
         file.write(

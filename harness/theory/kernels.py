@@ -62,7 +62,8 @@ def _table() -> dict[tuple[str, str, str], list[tuple[str, str, Law]]]:
 
 def measured_itself(hardware: Hardware) -> bool:
     """Whether the kernels of this hardware, or of its family, are in the tables."""
-    return any(hardware.name.startswith(prefix) for prefix, _, _ in _table()["gemm", "bf16", ""])
+    rows = _table()["gemm", "bf16", ""]
+    return any(hardware.name.startswith(prefix) for prefix, reference, _ in rows if reference)
 
 
 @cache
@@ -70,10 +71,13 @@ def _named(name: str, measured: bool, bytes_per_s: float, kernel: str, dtype: st
     dtype = ALIKE.get(dtype, dtype)
     rows = _table().get((kernel, dtype, "")) or _table()[kernel, "bf16", ""]
     for prefix, reference, law in rows:
-        if not prefix.startswith("*") and name.startswith(prefix):
+        if prefix.startswith("*") or not name.startswith(prefix) or name.removeprefix(prefix)[:1].isalnum():
+            continue  # A10 is no A100
+        if reference:
             # What is lost beside the memory itself (1/share - 1) is the chip's and does not shrink with slower memory.
             lost = (1 / law.bandwidth - 1) * bytes_per_s / find(reference).bytes_per_s
             return replace(law, bandwidth=1 / (1 + lost))
+        return law
     if measured:
         return MEASURED[kernel]
     return next(law for prefix, _, law in rows if prefix.startswith("*"))

@@ -48,7 +48,7 @@ def prefill_all(s: Setup, prompts: Array, tokens: Array, cached_share: float = 0
     passes = passes_for(s, prompts * tokens)
     again = {"launch": one.terms["launch"], "host": s.factors.overhead * s.framework.step_s + 0 * passes}
     terms = {k: v + (passes - 1) * again[k] if k in again else v for k, v in one.terms.items()}
-    bubbles = (1 + (s.pp - 1) / np.maximum(prompts, passes)) / s.pp if s.pp > 1 else 1.0
+    bubbles = (1 + (s.pp - 1) / np.maximum(prompts, passes)) / s.pp if s.pp > 1 and not s.framework.layered else 1.0
     return Pass(terms, one.hidden, one.bound / s.pp).scaled_terms(bubbles)
 
 

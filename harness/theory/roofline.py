@@ -124,6 +124,8 @@ def setup(
 ) -> Setup:
     """Settle dtypes, rates and laws.  Raises RidgelineError for a split that the model or the hardware cannot have."""
     notes = [*hardware.caveats, *model.notes]
+    if framework.layered:
+        tp, pp = 1, tp * pp
     weights, activations, matmul = _dtypes(model, dtype, notes)
     used, gain = _rate(hardware, matmul, activations, model, weights, notes)
     wide, _ = _rate(hardware, activations, activations, model, weights, [])
@@ -229,7 +231,8 @@ def decode_step(s: Setup, batch: Array, first: Array, last: Array) -> Pass:
     In pipeline parallel the batch is split over the stages, and a token takes the time of all of them.
     """
     model = s.model
-    whole, batch = batch, np.maximum(1.0, batch / np.minimum(batch, s.pp) / s.dp)
+    stages = 1.0 if s.framework.layered else np.minimum(batch, s.pp)
+    whole, batch = batch, np.maximum(1.0, batch / stages / s.dp)
     kv = batch * model.mean_kv_read_bytes(first, last, s.kv_dtype)
     flops = batch * model.mean_attention_flops(first, last)
     narrow = s.kv_dtype or ("fp8" if (s.dtype or model.dtype) not in WHOLE else None)
@@ -237,7 +240,6 @@ def decode_step(s: Setup, batch: Array, first: Array, last: Array) -> Pass:
     group = max(g.heads / g.kv_heads for g in model.groups) if not model.mla else 1.0
     slower = s.framework.attention * group**s.framework.grouped * s.factors.kv
     reads = kv * s.kv_copies / (s.hardware.bytes_per_s * s.tp) / s.decode.bandwidth * slower
-    reads = np.maximum(reads, s.framework.serial_s * (first + last) / 2 * model.layers)
     computing = flops / (s.head_flops * s.tp) / (0.5 if model.mla else 0.3) * s.factors.compute
     done = _matrices(s, batch, batch)
     shorter, longer = np.minimum(reads, computing), np.where(reads >= computing, reads, computing)
@@ -271,7 +273,7 @@ def prefill_pass(s: Setup, prompts: Array, tokens: Array, past: Array | float = 
     )
     _overheads(s, done.terms, total, model.layers * law.latency_s, eager=s.framework.eager_prefill)
     done.terms["host"] = s.factors.overhead * (
-        s.framework.step_s + s.framework.sequence_s * prompts + s.framework.token_s * total
+        s.framework.step_s + s.framework.sequence_s * prompts
     )
     bound = np.maximum(
         model.read_bytes(s.dtype) / (s.hardware.bytes_per_s * s.gpus), _work(s, total, prompts, flops) / s.gain / s.dp
@@ -336,8 +338,10 @@ def _overheads(s: Setup, terms: Terms, tokens: Array, attention_latency_s: float
     # the latency is that of 16 bit.
     graph = gemms * min(s.gemm.latency_s, s.head.latency_s) + attention_latency_s + small * SMALL_KERNEL_S
     graph += sum(g.count for g in model.groups if g.experts) * fw.expert_layer_s
-    launched = (gemms + small + model.layers) * fw.launch_s if eager else 0.0  # without graphs, from the host
-    terms["launch"] = s.factors.overhead * max(graph, launched) * np.ones_like(tokens)
+    terms["launch"] = s.factors.overhead * graph * np.ones_like(tokens)
+    if eager:  # without graphs the host launches each kernel, which counts where it takes longer than the work
+        launched = s.factors.overhead * (gemms + small + model.layers) * fw.launch_s
+        terms["launch"] = terms["launch"] + np.maximum(launched - sum(terms.values()), 0.0)
     latency, volume = np.zeros_like(tokens), np.zeros_like(tokens)
     if s.tp > 1:
         law, rate = kernels.link(s.hardware, s.tp), s.hardware.link_for(s.tp)
