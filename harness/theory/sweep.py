@@ -125,6 +125,9 @@ def _columns(
     steps = np.maximum(o - 1, 0)
     e2e = {name if name.startswith("waiting") else f"prefill {name}": v for name, v in t.ttft.items()}
     e2e |= {f"decode {name}": steps * v for name, v in t.itl.items()}
+    if mode == "static":  # its end is that of the whole batch, not of the mean request
+        rest = t.busy_s - load.total({name: v for name, v in e2e.items() if name != "waiting for memory"})
+        e2e["waiting for memory"] = np.maximum(rest, 0.0)
     values = {"ttft_s": load.total(t.ttft), "itl_s": np.where(steps > 0, load.total(t.itl), np.nan)}
     values["e2e_s"] = load.total(e2e)
     values["output_tokens_per_s"] = t.requests * o / t.busy_s

@@ -102,7 +102,7 @@ def _split(row: dict[Hashable, Any]) -> tuple[int, int, int, int]:
     pp, ep = max(1, count("pp")), max(1, count("ep"))
     gpus = count("n_gpus") or max(1, count("tp")) * pp
     tp = count("tp") or max(1, gpus // pp)
-    if ep > 1 and tp == ep * ep:  # some tables give tp times ep
+    if ep > 2 and tp == ep * ep:  # some tables give tp times ep
         tp, gpus = ep, ep * pp
     if ep > tp:  # attention in data parallel, the experts over all
         return tp, pp, ep // tp, max(1, gpus // (ep * pp))
