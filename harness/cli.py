@@ -205,6 +205,9 @@ def predict(
     rate: Annotated[str | None, typer.Option(help="Requests per second (open): 1,2,5.")] = None,
     framework: Annotated[str | None, typer.Option(help="vllm, sglang, tensorrt-llm, llama.cpp, transformers …")] = None,
     prefix_share: Annotated[float, typer.Option(help="Share of each prompt that a prefix cache holds.")] = 0.0,
+    draft_model: Annotated[str | None, typer.Option(help="A model that speculates.")] = None,
+    draft_tokens: Annotated[int, typer.Option(help="Tokens that it proposes at a time.")] = 3,
+    acceptance: Annotated[float, typer.Option(help="Share of its tokens that are accepted.")] = 0.7,
     calibration: Annotated[Path | None, typer.Option(help="A file of `ridgeline calibrate`.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -214,7 +217,8 @@ def predict(
     counts = {"batch": batch_sizes, "input_tokens": input_tokens, "output_tokens": output_tokens, "tp": tp}
     numbers = {name: _list(text, int, f"--{name.replace('_', '-')}") or [] for name, text in counts.items()}
     asked = theory.Asked(model, hardware.split(","), dtype.split(","), kv_dtype, pp, ep, mode if rate is None else "open",
-                         _list(rate, float, "--rate"), framework, prefix_share, calibration, **numbers)  # fmt: skip
+                         _list(rate, float, "--rate"), framework, prefix_share, calibration,
+                         (draft_model, draft_tokens, acceptance) if draft_model else None, **numbers)  # fmt: skip
     typer.echo(theory.predict(asked, as_json))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pandas as pd
 
 from harness import models, store, units
@@ -23,7 +25,8 @@ from harness.theory.calibration import Calibration, from_dict
 from harness.theory.hardware import Hardware, from_row
 from harness.theory.sweep import Sweep, sweep
 
-MOST_SENTENCES = 20_000  # points of one call: beyond it the JSON would be larger than anyone reads
+MOST = 200_000  # points of one call
+MOST_SENTENCES = 1_000  # beyond so many points the JSON has values, intervals, bounds and terms, but no sentences
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Asked:
     framework: str | None
     prefix_share: float
     calibration: Path | None
+    draft: tuple[str, int, float] | None
     batch: list[int]
     input_tokens: list[int]
     output_tokens: list[int]
@@ -54,8 +58,8 @@ def predict(asked: Asked, as_json: bool) -> str:
     points = len(asked.batch) * len(asked.input_tokens) * len(asked.output_tokens)
     if not points or not asked.tp:
         raise RidgelineError("--batch-sizes, --input-tokens, --output-tokens and --tp must each name a number")
-    if points * len(asked.hardware) * len(asked.dtype) * len(asked.tp) * len(asked.rate or [0]) > MOST_SENTENCES:
-        raise RidgelineError(f"more than {MOST_SENTENCES} combinations: ask for fewer at once")
+    if points * len(asked.hardware) * len(asked.dtype) * len(asked.tp) * len(asked.rate or [0]) > MOST:
+        raise RidgelineError(f"more than {MOST} combinations: ask for fewer at once")
     found = list(_sweeps(asked))
     return _predict_json(found) if as_json else _predict_text(asked, found)
 
@@ -74,6 +78,7 @@ def _sweeps(asked: Asked) -> Iterator[_Part]:
     """A sweep for each hardware, dtype, tp and rate; one that cannot be says why, if others can."""
     model = models.load(asked.model)
     calibration = calibration_of(asked.calibration) if asked.calibration else None
+    draft = (models.load(asked.draft[0]), *asked.draft[1:]) if asked.draft else None
     batch, i, o = (np.array(x) for x in zip(*itertools.product(asked.batch, asked.input_tokens, asked.output_tokens), strict=True))  # fmt: skip
     rates: list[float | None] = [*asked.rate] if asked.rate else [None]
     for name, dtype, tp, rate in itertools.product(asked.hardware, asked.dtype, asked.tp, rates):
@@ -81,7 +86,7 @@ def _sweeps(asked: Asked) -> Iterator[_Part]:
         try:
             found = sweep(model, row, batch=batch, input_tokens=i, output_tokens=o, dtype=dtype, kv_dtype=asked.kv_dtype,
                           tp=tp, pp=asked.pp, dp=max(1, asked.ep // tp), mode=asked.mode, rate=rate,
-                          framework=asked.framework, cached_share=asked.prefix_share, calibration=calibration)  # fmt: skip
+                          framework=asked.framework, cached_share=asked.prefix_share, draft=draft, calibration=calibration)  # fmt: skip
             yield _Part(row, dtype, tp, rate, found, "")
         except RidgelineError as problem:
             if len(asked.hardware) * len(asked.dtype) * len(asked.tp) == 1:
@@ -99,24 +104,45 @@ def _hardware(name: str) -> Hardware:
 
 
 def _predict_json(found: list[_Part]) -> str:
+    explained = sum(len(part.sweep) for part in found if part.sweep) <= MOST_SENTENCES
     parts = []
     for part in found:
         head: dict[str, Any] = {"hardware": part.hardware.name, "dtype": part.dtype, "tp": part.tp, "rate": part.rate}
         if part.sweep is None:
             parts.append(head | {"reason": part.reason, "points": []})
             continue
-        points = [sentences.point(part.sweep, at) for at in range(len(part.sweep))]
-        shape = ("batch", "input_tokens", "output_tokens")
-        listed = [{name: getattr(p, name) for name in shape} | _with_cost(p.as_dict(), part) for p in points]
-        parts.append(head | {"model": part.sweep.setup.model.name, "mode": part.sweep.mode, "points": listed})
-    return json.dumps(store.clean({"schema": 1, "predictions": parts}), allow_nan=False)
+        points = list(_explained(part, part.sweep) if explained else _brief(part.sweep))
+        parts.append(head | {"model": part.sweep.setup.model.name, "mode": part.sweep.mode, "points": points})
+    return orjson.dumps({"schema": 1, "predictions": parts}).decode()  # NaN becomes null
 
 
-def _with_cost(point: dict[str, Any], part: _Part) -> dict[str, Any]:
-    """With US dollars for a million output tokens, where an hour has a price."""
-    speed, gpus = point["output_tokens_per_s"]["value"], part.sweep.setup.gpus if part.sweep else 1
-    cost = part.hardware.usd_per_h * gpus / 3600 / speed * 1e6 if speed else None
-    return point | {"usd_per_million_output_tokens": cost}
+def _explained(part: _Part, found: Sweep) -> Iterator[dict[str, Any]]:
+    """Every point in full, with US dollars for a million output tokens where an hour has a price."""
+    for at in range(len(found)):
+        point = sentences.point(found, at)
+        speed = point.output_tokens_per_s.value
+        cost = part.hardware.usd_per_h * found.setup.gpus / 3600 / speed * 1e6 if speed else math.nan
+        shape = {"batch": point.batch, "input_tokens": point.input_tokens, "output_tokens": point.output_tokens}
+        yield shape | point.as_dict() | {"usd_per_million_output_tokens": cost}
+
+
+def _brief(found: Sweep) -> Iterator[dict[str, Any]]:
+    """Values, intervals, bounds and terms, without sentences."""
+    shape = {"batch": found.batch, "input_tokens": found.input_tokens, "output_tokens": found.output_tokens,
+             "largest_batch": found.largest, "fits": found.fits}  # fmt: skip
+    lists = {name: values.tolist() for name, values in shape.items()}
+    metrics = {}
+    for name, column in found.columns.items():
+        numbers = (column.value, column.low, column.high, column.bound)
+        terms = [np.broadcast_to(v, column.value.shape).tolist() for v in column.terms.values()]
+        metrics[name] = ([n.tolist() for n in numbers], list(column.terms), list(zip(*terms, strict=True)))
+    for at in range(len(found)):
+        point: dict[str, Any] = {name: values[at] for name, values in lists.items()}
+        point["limit"] = found.limit("e2e_s", at)
+        for name, ((value, low, high, bound), terms, amounts) in metrics.items():
+            point[name] = {"value": value[at], "low": low[at], "high": high[at], "bound": bound[at],
+                           "terms": dict(zip(terms, amounts[at], strict=True))}  # fmt: skip
+        yield point
 
 
 def _predict_text(asked: Asked, found: list[_Part]) -> str:

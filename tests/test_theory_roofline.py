@@ -105,7 +105,12 @@ def test_pipeline_stages_take_turns_and_overlap_in_the_prefill():
 
 @pytest.mark.parametrize(
     ("model", "options", "named"),
-    [(LLAMA, {"tp": 3}, "heads"), (LLAMA, {"pp": 33}, "layers"), (LLAMA, {"ep": 2}, "experts"), (LLAMA, {"dp": 2}, "experts")],
+    [
+        (LLAMA, {"tp": 3}, "heads"),
+        (LLAMA, {"pp": 33}, "layers"),
+        (LLAMA, {"ep": 2}, "experts"),
+        (LLAMA, {"dp": 2}, "experts"),
+    ],
 )
 def test_a_split_that_cannot_be_is_refused(model, options, named):
     with pytest.raises(RidgelineError, match=named):
@@ -133,7 +138,9 @@ def test_llama_3_1_8b_in_16_bit_does_not_fit_a_t4():
 def test_a_batch_doubles_the_time_per_token_where_it_was_measured():
     """theory.md, Llama-2-7B, 128 in, 128 out: at 128 on an A100 (the weights bind until there)."""
     model = catalogue.find("meta-llama/Llama-2-7b-hf")
-    found = sweep(model, A100, batch=2.0 ** np.arange(10), input_tokens=128, output_tokens=128, framework="tensorrt-llm")
+    found = sweep(
+        model, A100, batch=2.0 ** np.arange(10), input_tokens=128, output_tokens=128, framework="tensorrt-llm"
+    )
     itl = found.columns["itl_s"].value
     doubled = found.batch[np.argmax(itl > 2 * itl[0])]
     assert 32 <= doubled <= 256
@@ -187,7 +194,9 @@ def test_a_value_is_rebuilt_from_its_sentence(model, gpu, tp, mode, batch, token
     st.integers(1, 500), st.integers(1, 8000), st.integers(1, 2000),
 )  # fmt: skip
 def test_terms_add_up_and_nothing_beats_its_bound(model, gpu, mode, framework, batch, tokens, output):
-    found = sweep(model, gpu, batch=batch, input_tokens=tokens, output_tokens=output, tp=8, mode=mode, framework=framework)
+    found = sweep(
+        model, gpu, batch=batch, input_tokens=tokens, output_tokens=output, tp=8, mode=mode, framework=framework
+    )
     if not found.fits[0]:
         return
     for metric in METRICS:
@@ -219,7 +228,9 @@ def test_a_sweep_is_the_same_as_its_points():
 
 
 def test_clients_in_a_closed_loop_slow_each_other():
-    found = sweep(LLAMA, H100, batch=[1, 4, 16, 64], input_tokens=2000, output_tokens=200, mode="closed", framework="vllm")
+    found = sweep(
+        LLAMA, H100, batch=[1, 4, 16, 64], input_tokens=2000, output_tokens=200, mode="closed", framework="vllm"
+    )
     ttft, itl = found.columns["ttft_s"].value, found.columns["itl_s"].value
     assert np.all(np.diff(ttft) > 0)
     assert np.all(np.diff(itl) > 0)
@@ -227,7 +238,9 @@ def test_clients_in_a_closed_loop_slow_each_other():
 
 
 def test_an_open_loop_waits_longer_the_nearer_it_is_to_saturation():
-    loads = [predict(LLAMA, A100, batch=1, input_tokens=1000, output_tokens=100, mode="open", rate=r) for r in (0.1, 2, 6)]
+    loads = [
+        predict(LLAMA, A100, batch=1, input_tokens=1000, output_tokens=100, mode="open", rate=r) for r in (0.1, 2, 6)
+    ]
     waits = [p.ttft_s.terms.get("waiting for prefills", 0.0) for p in loads]
     assert waits[0] < waits[1] < waits[2]
     beyond = predict(LLAMA, A100, batch=1, input_tokens=1000, output_tokens=100, mode="open", rate=500)
@@ -246,6 +259,20 @@ def test_prefix_caching_saves_the_prefill():
     cold, warm = (predict(LLAMA, A100, **STANDARD, cached_share=share) for share in (0.0, 0.75))
     assert warm.ttft_s.value < 0.5 * cold.ttft_s.value
     assert warm.itl_s.value == cold.itl_s.value or warm.itl_s.value < cold.itl_s.value
+
+
+def test_speculation_gains_at_batch_1_and_loses_where_computing_binds():
+    """theory.md: Llama-2-7B on an A100 with a draft of 68M and k = 3 gained 39 % at batch 1 and lost 44 % at 64."""
+    model, draft = catalogue.find("meta-llama/Llama-2-7b-hf"), catalogue.find("HuggingFaceTB/SmolLM2-135M")
+    gain = []
+    for batch in (1, 256):
+        plain, fast = (predict(model, A100, batch=batch, input_tokens=128, output_tokens=128, framework="vllm", mode="static",
+                               draft=d).itl_s for d in (None, (draft, 3, 0.7)))  # fmt: skip
+        gain.append(plain.value / fast.value - 1)
+        assert fast.terms["draft"] > 0
+        assert sum(fast.terms.values()) == pytest.approx(fast.value)
+    assert gain[0] > 0.1
+    assert gain[1] < gain[0]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -52,7 +52,9 @@ def test_public_measurements_are_predicted_within_the_floors():
 def test_each_prediction_lies_in_its_interval_and_within_its_bound():
     found = validate.predictions(MEASURED)
     for metric in ("ttft_ms", "tpot_ms", "e2e_s", "out_tps", "mem_gb"):
-        value, low, high, bound = (found[c] for c in (f"pred_{metric}", f"pred_{metric}_low", f"pred_{metric}_high", f"bound_{metric}"))
+        value, low, high, bound = (
+            found[c] for c in (f"pred_{metric}", f"pred_{metric}_low", f"pred_{metric}_high", f"bound_{metric}")
+        )
         assert ((low <= value) & (value <= high)).all()
         assert ((value <= bound) if metric == "out_tps" else (value >= bound * 0.999)).all()
 
@@ -125,7 +127,12 @@ def test_as_much_as_the_memory_holds_needs_no_batch():
 def test_a_measurement_faster_than_physics_is_counted():
     found = validate.predictions(row(ttft_ms=0.01))
     assert score(found, kind="static", gpus="one", model="dense", metric="ttft_ms")["faster_than_physics"] == 1
-    assert score(validate.predictions(row()), kind="static", gpus="one", model="dense", metric="ttft_ms")["faster_than_physics"] == 0
+    assert (
+        score(validate.predictions(row()), kind="static", gpus="one", model="dense", metric="ttft_ms")[
+            "faster_than_physics"
+        ]
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,10 +170,12 @@ def test_least_squares_stays_within_its_limits():
 
 def made_by(factors: Factors, kind: str = "static", **given) -> pd.DataFrame:
     """Cells of a server that is exactly what the model says, with these factors."""
-    cells = pd.DataFrame([{"batch": b, "isl": i, "osl": o} for b in (1, 8, 64) for i, o in ((128, 128), (2000, 50), (500, 1000))])
+    cells = pd.DataFrame(
+        [{"batch": b, "isl": i, "osl": o} for b in (1, 8, 64) for i, o in ((128, 128), (2000, 50), (500, 1000))]
+    )
     cells = cells.assign(model="meta-llama/Meta-Llama-3-8B", gpu="H100-SXM-80GB", kind=kind, tpot_ms=1.0, **given)
     cells = validate.read(cells, "made")
-    law = calibration.Calibration("H100-SXM-80GB", (), 0, factors, 0.0)
+    law = calibration.Calibration("H100-SXM-80GB", ("meta-llama/Meta-Llama-3-8B",), 0, factors, 0.0)
     found = validate.predictions(cells, lambda _: law)
     return cells.assign(ttft_ms=found.pred_ttft_ms, tpot_ms=found.pred_tpot_ms)
 
@@ -212,8 +221,10 @@ def test_it_carries_over_to_another_model_and_wider_to_other_hardware():
     found = validate.predictions(other, lambda _: fitted)
     assert score(found, kind="static", gpus="one", model="dense", metric="e2e_s")["mape"] < 9, "theory.md's floor"
     here, there = hardware.find("H100-SXM-80GB"), hardware.find("A100-SXM-80GB")
-    assert fitted.factors_for(here) == fitted.factors
-    carried = fitted.factors_for(there)
+    own, another = (validate.case_of(rows.iloc[0].to_dict()).model for rows in (STATIC, other))
+    assert fitted.factors_for(own, here) == fitted.factors
+    assert fitted.factors_for(another, here).bandwidth == fitted.factors.bandwidth, "the silicon's"
+    carried = fitted.factors_for(own, there)
     assert carried.overhead == fitted.factors.overhead, "the software's"
     assert abs(math.log(carried.bandwidth)) == pytest.approx(abs(math.log(fitted.factors.bandwidth)) / 2)
 
@@ -310,7 +321,10 @@ def test_predict_tells_all_in_json(ridgeline):
         (("predict", "--model", "nobody/none", "--hardware", "T4"), "nobody/none"),
         (("predict", "--model", "meta-llama/Llama-3.1-8B", "--hardware", "T9"), "T9"),
         (("predict", "--model", "meta-llama/Llama-3.1-8B", "--hardware", "H100-SXM", "--batch-sizes", "0"), "batch"),
-        (("predict", "--model", "meta-llama/Llama-3.1-8B", "--hardware", "H100-SXM", "--calibration", "none.json"), "none.json"),
+        (
+            ("predict", "--model", "meta-llama/Llama-3.1-8B", "--hardware", "H100-SXM", "--calibration", "none.json"),
+            "none.json",
+        ),
         (("validate", "none.csv"), "none.csv"),
         (("validate", str(TABLE), "--calibrate-on", "colour=red"), "colour"),
         (("calibrate", "none.csv", "-o", "x.json"), "none.csv"),
@@ -330,4 +344,4 @@ def test_another_models_calibration_is_less_sure():
     other = hardware.find("A100-SXM-80GB")
     assert [fitted.closeness(replace(case.model, name=n), h) for n, h in (
         (case.model.name, case.hardware), ("another", case.hardware), (case.model.name, other))] == ["same", "model", "hardware"]  # fmt: skip
-    assert asdict(fitted.factors_for(other)) != asdict(fitted.factors)
+    assert asdict(fitted.factors_for(case.model, other)) != asdict(fitted.factors)

@@ -46,7 +46,7 @@ class _Cells:
         """ln(predicted / measured) over its noise, of each figure."""
         found = []
         for case, kind, rows in self.parts:
-            trial = Calibration(case.hardware.name, (), 0, factors, 0.0)
+            trial = Calibration(case.hardware.name, (case.model.name,), 0, factors, 0.0)
             got = validate.swept(case, kind, rows, trial)
             for column in TOLD:
                 metric, unit = validate.METRICS[column]
@@ -150,7 +150,7 @@ def _next_cell(
     grid = grid[[tuple(r) not in measured for r in grid.to_numpy().tolist()]]
 
     def predicted(x: Array) -> Array:
-        trial = Calibration(case.hardware.name, (), 0, _factors(spread_out(x)), 0.0)
+        trial = Calibration(case.hardware.name, (case.model.name,), 0, _factors(spread_out(x)), 0.0)
         return np.log(validate.swept(case, kind, grid, trial).columns["e2e_s"].value)
 
     slope = np.stack([(predicted(x + step * e) - predicted(x)) / step for e in np.eye(len(x))], axis=1)

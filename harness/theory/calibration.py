@@ -12,8 +12,10 @@ from harness.theory.hardware import Hardware
 from harness.theory.roofline import Factors
 from harness.theory.shape import Model
 
-# What belongs to the software goes with it to other hardware; what belongs to the hardware goes half of the way.
-SOFTWARE = ("overhead", "queue", "request", "slot")
+# What is carried over in full: to other hardware the software's own, to another model what is the same silicon's.  The
+# rest goes half of the way (its square root; a slot that is missing here is not missing elsewhere).
+TO_HARDWARE = ("overhead", "request")
+TO_MODEL = ("compute", "bandwidth", "kv", "overhead", "link")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +30,14 @@ class Calibration:
     spread: float
     next_cell: dict[str, Any] | None = None
 
-    def factors_for(self, hardware: Hardware) -> Factors:
-        """The factors on this hardware, or as much of them as can be carried over to another."""
-        if hardware.name == self.hardware:
+    def factors_for(self, model: Model, hardware: Hardware) -> Factors:
+        """The factors for this model and hardware, or as much of them as can be carried over."""
+        near = self.closeness(model, hardware)
+        if near == "same":
             return self.factors
-        given = asdict(self.factors)
-        return Factors(**{k: v if k in SOFTWARE else math.sqrt(v) for k, v in given.items()})
+        whole = TO_MODEL if near == "model" else TO_HARDWARE
+        given = asdict(self.factors) | {"slot": 0.0}
+        return Factors(**{k: v if k in whole else math.sqrt(v) for k, v in given.items()})
 
     def closeness(self, model: Model, hardware: Hardware) -> str:
         """ "same" server, another "model" on the same hardware, or other "hardware"."""

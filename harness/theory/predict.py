@@ -95,6 +95,7 @@ def predict(
     framework: str | None = None,
     cached_share: float = 0.0,
     waves: float = 10,
+    draft: tuple[Model, int, float] | None = None,
     calibration: Calibration | None = None,
 ) -> PointPrediction:
     """The prediction for `batch` requests in flight of `input_tokens` and `output_tokens` each.
@@ -103,7 +104,7 @@ def predict(
     """
     found = sweep(model, hardware, batch=batch, input_tokens=input_tokens, output_tokens=output_tokens, dtype=dtype,
                   kv_dtype=kv_dtype, tp=tp, pp=pp, ep=ep, dp=dp, mode=mode, rate=rate, framework=framework,
-                  cached_share=cached_share, waves=waves, calibration=calibration)  # fmt: skip
+                  cached_share=cached_share, waves=waves, draft=draft, calibration=calibration)  # fmt: skip
     return point(found, 0)
 
 

@@ -72,6 +72,22 @@ class Factors:
 
 
 @dataclass(frozen=True, slots=True)
+class Draft:
+    """Speculative decoding: a small model proposes `tokens` at a time, each accepted with probability `acceptance`
+    given that those before it were (Leviathan et al., arXiv:2211.17192)."""
+
+    setup: Setup
+    tokens: int
+    acceptance: float
+
+    @property
+    def gained(self) -> float:
+        """Tokens that a pass of the large model gives, expected: (1 - a^(k+1)) / (1 - a)."""
+        a, k = self.acceptance, self.tokens
+        return float(k + 1) if a == 1 else (1 - a ** (k + 1)) / (1 - a)
+
+
+@dataclass(frozen=True, slots=True)
 class Setup:
     """A model on accelerators with its dtypes settled.  `flops` and `head_flops` are of one accelerator."""
 
@@ -94,6 +110,7 @@ class Setup:
     head: kernels.Law
     decode: kernels.Law
     prefill: kernels.Law
+    draft: Draft | None = None
 
     @property
     def gpus(self) -> int:
@@ -226,7 +243,18 @@ class Pass:
 
 
 def decode_step(s: Setup, batch: Array, first: Array, last: Array) -> Pass:
-    """The mean step of `batch` sequences while their contexts grow from `first` to `last` tokens.
+    """The mean step of `batch` sequences while their contexts grow from `first` to `last` tokens: the time of one token,
+    also where a draft makes a pass give several."""
+    if s.draft is None:
+        return _decode_pass(s, batch, first, last, 1)
+    done = _decode_pass(s, batch, first, last, s.draft.tokens + 1)
+    drafting = s.draft.tokens * _decode_pass(s.draft.setup, batch, first, last, 1).total
+    terms = {name: v / s.draft.gained for name, v in (done.terms | {"draft": drafting}).items()}
+    return Pass(terms, {k: v / s.draft.gained for k, v in done.hidden.items()}, done.bound / (s.draft.tokens + 1))
+
+
+def _decode_pass(s: Setup, batch: Array, first: Array, last: Array, width: int) -> Pass:
+    """A pass of `width` new tokens of each of `batch` sequences.
 
     In pipeline parallel the batch is split over the stages, and a token takes the time of all of them.
     """
@@ -234,23 +262,23 @@ def decode_step(s: Setup, batch: Array, first: Array, last: Array) -> Pass:
     stages = 1.0 if s.framework.layered else np.minimum(batch, s.pp)
     whole, batch = batch, np.maximum(1.0, batch / stages / s.dp)
     kv = batch * model.mean_kv_read_bytes(first, last, s.kv_dtype)
-    flops = batch * model.mean_attention_flops(first, last)
+    flops = width * batch * model.mean_attention_flops(first, last)
     narrow = s.kv_dtype or ("fp8" if (s.dtype or model.dtype) not in WHOLE else None)
     kv_least = batch * model.mean_kv_read_bytes(first, last, narrow)
     group = max(g.heads / g.kv_heads for g in model.groups) if not model.mla else 1.0
     slower = s.framework.attention * group**s.framework.grouped * s.factors.kv
     reads = kv * s.kv_copies / (s.hardware.bytes_per_s * s.tp) / s.decode.bandwidth * slower
     computing = flops / (s.head_flops * s.tp) / (0.5 if model.mla else 0.3) * s.factors.compute
-    done = _matrices(s, batch, batch)
+    done = _matrices(s, width * batch, width * batch)
     shorter, longer = np.minimum(reads, computing), np.where(reads >= computing, reads, computing)
     done.terms["kv cache"] = np.where(reads >= computing, longer, 0.0)
     done.terms["attention"] = np.where(reads >= computing, 0.0, longer)
     done.hidden["attention"] = np.where(reads >= computing, shorter, 0.0)
-    _overheads(s, done.terms, batch, model.layers * s.decode.latency_s, eager=s.framework.eager_decode)
+    _overheads(s, done.terms, width * batch, model.layers * s.decode.latency_s, eager=s.framework.eager_decode)
     done.terms["host"] = s.factors.overhead * (s.framework.step_s + s.framework.sequence_s * whole)
     bound = np.maximum(
         (model.read_bytes(s.dtype) / s.dp + kv_least) / (s.hardware.bytes_per_s * s.tp),
-        _work(s, batch, batch, flops) / s.gain,
+        _work(s, width * batch, width * batch, flops) / s.gain,
     )
     return Pass(done.terms, done.hidden, bound)
 
@@ -272,9 +300,7 @@ def prefill_pass(s: Setup, prompts: Array, tokens: Array, past: Array | float = 
         )
     )
     _overheads(s, done.terms, total, model.layers * law.latency_s, eager=s.framework.eager_prefill)
-    done.terms["host"] = s.factors.overhead * (
-        s.framework.step_s + s.framework.sequence_s * prompts
-    )
+    done.terms["host"] = s.factors.overhead * (s.framework.step_s + s.framework.sequence_s * prompts)
     bound = np.maximum(
         model.read_bytes(s.dtype) / (s.hardware.bytes_per_s * s.gpus), _work(s, total, prompts, flops) / s.gain / s.dp
     )
@@ -362,5 +388,10 @@ def _overheads(s: Setup, terms: Terms, tokens: Array, attention_latency_s: float
         terms["link latency"], terms["link volume"] = latency * s.factors.link, volume * s.factors.link
 
 
-def with_factors(s: Setup, factors: Factors) -> Setup:
-    return replace(s, factors=factors)
+def with_draft(s: Setup, draft: Model, tokens: int, acceptance: float) -> Setup:
+    """The setup with a draft model on the same accelerators.  Raises RidgelineError for values that make no sense."""
+    if not 1 <= tokens <= 64 or not 0 <= acceptance <= 1:
+        raise RidgelineError(f"a draft proposes 1 to 64 tokens, accepted with 0 to 1; got {tokens} and {acceptance:g}")
+    heads = math.gcd(s.tp, *(g.heads for g in draft.groups))
+    small = setup(draft, s.hardware, s.framework, tp=heads, factors=s.factors)
+    return replace(s, draft=Draft(small, tokens, acceptance))

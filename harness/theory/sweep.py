@@ -13,7 +13,7 @@ from harness.theory import intervals, load, memory
 from harness.theory.calibration import Calibration
 from harness.theory.frameworks import find
 from harness.theory.hardware import Hardware
-from harness.theory.roofline import LIMIT_OF, Setup, setup
+from harness.theory.roofline import LIMIT_OF, Setup, setup, with_draft
 from harness.theory.shape import Model
 
 Array = npt.NDArray[np.float64]
@@ -86,13 +86,15 @@ def sweep(
     framework: str | None = None,
     cached_share: float = 0.0,
     waves: float = load.WAVES,
+    draft: tuple[Model, int, float] | None = None,
     calibration: Calibration | None = None,
 ) -> Sweep:
     """Predict points whose `batch`, `input_tokens` and `output_tokens` are broadcast against each other.
 
     `mode`: "wave" and "static" release the batch at once ("wave" counts each request's own first token, "static" that
     of the batch), "closed" keeps it in flight, "open" sends `rate` requests a second to each of which `batch` is only a
-    first guess.  `cached_share` of each prompt is found in a prefix cache.  Raises RidgelineError for values that make
+    first guess.  `draft`: a model that speculates, how many tokens at a time, and how often one is accepted.
+    `cached_share` of each prompt is found in a prefix cache.  Raises RidgelineError for values that make
     no sense; a point that does not fit is no error.
     """
     b, i, o = (np.atleast_1d(np.asarray(x, dtype=np.float64)) for x in (batch, input_tokens, output_tokens))
@@ -108,7 +110,9 @@ def sweep(
             f"the share of a prompt in the prefix cache must be from 0 to below 1, got {cached_share:g}"
         )
     s = setup(model, hardware, find(framework, hardware, dtype or model.dtype, offline=mode == "static"), dtype=dtype, kv_dtype=kv_dtype, tp=tp, pp=pp,
-              ep=ep, dp=dp, factors=calibration.factors_for(hardware) if calibration else None)  # fmt: skip
+              ep=ep, dp=dp, factors=calibration.factors_for(model, hardware) if calibration else None)  # fmt: skip
+    if draft:
+        s = with_draft(s, *draft)
     if mode in ("wave", "static"):
         timing = load.static(s, b, i, o, cached_share, progressive=mode == "wave")
     elif mode == "open" and rate is not None:
