@@ -1,8 +1,8 @@
 """How far measurements lie from predictions: 90 % intervals by kind of point, from residuals on public measurements.
 
-`intervals.csv` has, by metric, mode, number of accelerators, whether the kernels of the hardware were measured, and the
-kind of model, the factors below and above a prediction between which 90 % of the measurements lie (made by
-`python -m tests.fit_theory`; its head says from what).  The first row that matches counts; "*" matches all.
+`intervals.csv` has, by metric, mode, framework, number of accelerators, whether the kernels of the hardware were measured,
+kind of model and calibration, the factors below and above a prediction between which 90 % of the measurements lie (made by
+`python -m tests.validation_page`; its head says from what).  The first row that matches counts; "*" matches all.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from harness.theory import kernels
 from harness.theory.calibration import Calibration
-from harness.theory.load import Timing
+from harness.theory.frameworks import named
 from harness.theory.roofline import Setup
 
 Array = npt.NDArray[np.float64]
-KEYS = ("metric", "mode", "devices", "kernels", "model", "calibrated")
+KEYS = ("metric", "mode", "framework", "devices", "kernels", "model", "calibrated")
 
 
 @cache
@@ -35,6 +35,7 @@ def group(metric: str, mode: str, s: Setup, calibration: Calibration | None) -> 
     return (
         metric,
         "closed" if mode == "open" else "static" if mode == "wave" else mode,
+        named(s.framework.name),
         "one" if s.gpus == 1 else "several",
         "measured" if kernels.measured_itself(s.hardware) else "alike",
         "moe" if s.model.moe else "dense",
@@ -48,7 +49,7 @@ def factors(key: tuple[str, ...]) -> tuple[float, float]:
     return next((low, high) for row, low, high in _rows() if all(r in ("*", k) for r, k in zip(row, key, strict=True)))
 
 
-def around(value: Array, key: tuple[str, ...], timing: Timing, metric: str) -> tuple[Array, Array]:
+def around(value: Array, key: tuple[str, ...]) -> tuple[Array, Array]:
     """The interval's ends of each value."""
     low, high = factors(key)
     return value * low, value * high
