@@ -20,6 +20,7 @@ install: .venv/.stamp  ## the command `ridgeline`, in .venv
 	$(PYTHON) -m venv .venv
 	$(if $(PINNED),$(BIN)/python -m pip install $(PIP_FLAGS) --require-hashes -r $(PINNED))
 	$(BIN)/python -m pip install $(PIP_FLAGS) $(if $(PINNED),--no-deps --no-build-isolation) -e .
+	$(BIN)/python -m compileall -q harness
 	@touch $@
 
 .venv/.stamp-dev: .venv/.stamp

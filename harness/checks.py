@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from harness import metrics, units
-from harness.records import Finding, Severity, Table, Verdict
+from harness import units
+from harness.records import Finding, Severity, Verdict
 from harness.stats import SAMPLES_NEEDED
+from harness.tally import Tally
 
 LAG_SUSPECT_S, LAG_INVALID_S = 0.001, 0.050
 LAG_SHARE = 0.05  # of the mean TTFT: a lag below it bends nothing that is shown
@@ -24,18 +23,15 @@ WAIT_PER_RUN, WAIT_LEAST = 0.8, 0.01
 DISAGREE, DISAGREE_S = 0.20, 0.002
 GC_S, GAP_S, CLOCK_STEP_S = 0.020, 1.0, 0.5
 LATE_S = 0.005
-BURST_SPAN = 0.05  # nine tenths of the tokens within this share of the request's whole time
 DRIFT = 0.10
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a check may look at: one point's summary row, its measured records, and what was sensed beside it."""
+    """What a check may look at: one point's summary row, the tally of its records, and what was sensed beside it."""
 
     row: Mapping[str, Any]
-    records: Table
-    asked_input: int | None  # for records of older runs, which do not tell their own
-    asked_output: int | None
+    tally: Tally
     mode: str
     senses: Sequence[Mapping[str, Any]] = ()
     samples: Sequence[Mapping[str, Any]] = ()
@@ -103,29 +99,25 @@ def errors(e: Evidence) -> Finding | None:
     if not failed:
         return None
     classes = ", ".join(f"{count} {name}" for name, count in e.row["error_classes"].items())
-    example = next((str(text) for text in e.records.error[~e.records.ok] if text), "")
+    example = e.tally.example
     return Finding("V003", "invalid" if failed == n else "suspect", f"{failed} of {n} requests failed: {classes}"
                    + (f" (“{example[:160]}”)" if example else ""),
                    "failed requests are in no latency, and a server that sheds load looks fast",
                    "mend the cause first: the engine's log and the records' error column say more")  # fmt: skip
 
 
-def _lengths(e: Evidence, column: str, otherwise: int | None) -> str:
-    values, asked = (getattr(e.records, name)[e.records.ok] for name in (column, f"asked_{column}"))
-    asked = np.where(asked < 0, -1 if otherwise is None else otherwise, asked)
-    known = (values >= 0) & (asked >= 0)
-    wrong = known & (values != asked)
-    if not wrong.any():
+def _lengths(e: Evidence, column: str) -> str:
+    found = e.tally.lengths[column]
+    if not found.wrong:
         return ""
-    n, some = f"{wrong.sum()} of {known.sum()} requests had", values[wrong]
-    if np.all(asked[known] == asked[known][0]):
-        return f"{n} other than {asked[known][0]} (from {some.min()} to {some.max()})"
-    more = (values - asked)[wrong]
-    return f"{n} other than each was asked for (by {more.min():+d} to {more.max():+d})"
+    n = f"{found.wrong} of {found.known} requests had"
+    if found.asked.low == found.asked.high:
+        return f"{n} other than {found.asked.low} (from {found.came[0]} to {found.came[1]})"
+    return f"{n} other than each was asked for (by {found.over[0]:+d} to {found.over[1]:+d})"
 
 
 def input_length(e: Evidence) -> Finding | None:
-    if said := _lengths(e, "input_tokens", e.asked_input):
+    if said := _lengths(e, "input_tokens"):
         return Finding("V004", "suspect", f"input tokens by the server's usage: {said}",
                        "prefill time grows with the prompt, so the point is not the one asked for",
                        "give the served model's own tokenizer by --tokenizer")  # fmt: skip
@@ -133,7 +125,7 @@ def input_length(e: Evidence) -> Finding | None:
 
 
 def output_length(e: Evidence) -> Finding | None:
-    if said := _lengths(e, "output_tokens", e.asked_output):
+    if said := _lengths(e, "output_tokens"):
         return Finding("V005", "suspect", f"output tokens: {said}",
                        "shorter answers free the batch early, and every figure but TTFT follows from the length",
                        "use a server that takes ignore_eos or min_tokens, or a model that goes on")  # fmt: skip
@@ -166,20 +158,11 @@ def cache_hits(e: Evidence) -> Finding | None:
 
 
 def burst(e: Evidence) -> Finding | None:
-    t = e.records.where(e.records.ok)
-    counts = np.diff(t.start)
-    rows = np.flatnonzero((t.output_tokens > 8) & (counts > 0))
-    if not len(rows):
+    bursts, answers = e.tally.bursts, e.tally.long_answers
+    if not answers or bursts < max(1, 0.02 * answers):
         return None
-    bursts = 0
-    for i in rows:
-        chunk_s = t.chunk_s[t.start[i] : t.start[i + 1]]
-        span = chunk_s[int(0.95 * (len(chunk_s) - 1))] - chunk_s[int(0.05 * (len(chunk_s) - 1))]
-        bursts += span < BURST_SPAN * chunk_s[-1]
-    if bursts < max(1, 0.02 * len(rows)):
-        return None
-    return Finding("V008", "invalid" if bursts > 0.5 * len(rows) else "suspect",
-                   f"in {bursts} of {len(rows)} answers nearly all tokens arrived in one burst",
+    return Finding("V008", "invalid" if bursts > 0.5 * answers else "suspect",
+                   f"in {bursts} of {answers} answers nearly all tokens arrived in one burst",
                    "TTFT and ITL then describe a buffer between the server and the client, not the server's work",
                    "look for a proxy that buffers (X-Accel-Buffering: no), or a server that batches its writes")  # fmt: skip
 
@@ -204,12 +187,10 @@ def samples(e: Evidence) -> Finding | None:
 
 
 def drift(e: Evidence) -> Finding | None:
-    t = e.records.where(e.records.ok)
-    trials = np.unique(t.trial)
-    if len(trials) < 3:
+    means = e.tally.e2e_by_trial_s()
+    if len(means) < 3:
         return None
-    means = [float(np.nanmean(metrics.e2e_s(t.where(t.trial == k)))) for k in trials]
-    spread = (max(means) - min(means)) / float(np.mean(means))
+    spread = (max(means) - min(means)) / (sum(means) / len(means))
     if not spread > DRIFT:
         return None
     return Finding("V011", "suspect", f"the trials' mean E2E differ by {units.percent(spread, 3)}",
@@ -243,9 +224,8 @@ def batch_ran(e: Evidence) -> Finding | None:
 
 
 def late_sending(e: Evidence) -> Finding | None:
-    t = e.records
-    late = (t.sent_s - t.scheduled_s)[~np.isnan(t.scheduled_s) & ~np.isnan(t.sent_s)]
-    if not len(late) or (p99 := float(np.quantile(late, 0.99))) < LATE_S:
+    (p99,) = e.tally.late.quantiles(0.99)
+    if not p99 >= LATE_S:
         return None
     return Finding("V014", "suspect", f"requests were sent up to {units.seconds(p99)} late (p99)",
                    "the schedule was not kept: ttft_scheduled holds the wait, ttft does not",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from harness import __version__
+from harness import __version__, redaction
 from harness.records import RidgelineError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -88,6 +90,16 @@ def run(
     workers: Annotated[str | None, typer.Option(help="Processes to shard the load over; auto: one a core.")] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to shard over; local starts one.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the key.")] = None,
+    api_key_file: Annotated[str | None, typer.Option(help="File that holds the key, instead of a variable.")] = None,
+    timeout: Annotated[str | None, typer.Option(help="Stop the whole run after this: 10min.")] = None,
+    connect_timeout: Annotated[str | None, typer.Option(help="For a connection to open: 10s.")] = None,
+    first_token_timeout: Annotated[str | None, typer.Option(help="For the first text of an answer: 300s.")] = None,
+    idle_timeout: Annotated[str | None, typer.Option(help="Between two reads of an answer: 60s.")] = None,
+    request_timeout: Annotated[str | None, typer.Option(help="For one request: 900s.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Take up a run that did not end: finished points are kept, the rest is measured."),
+    ] = None,
     max_error_rate: Annotated[float | None, typer.Option(help="Share of failures that ends with exit code 6.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 5 if any point is invalid.")] = False,
     out: Annotated[str | None, typer.Option(help="Run folder; default: results/NAME-TIME.")] = None,
@@ -114,7 +126,7 @@ def run(
         "engine": {"url": url},
         "model": model,
         "tokenizer": tokenizer,
-        "api_key_env": api_key_env,
+        "api_key_env": api_key_env, "api_key_file": api_key_file,
         "report": report_path,
         "workload": {
             "batch_sizes": _list(batch_sizes, int, "--batch-sizes"), **arrivals_of(rate or ""),
@@ -127,14 +139,17 @@ def run(
         "theory": {"hardware": hardware, "model_config": model_config, "dtype": dtype, "kv_dtype": kv_dtype, "tp": tp,
                    "calibration": calibration},
         "client": {"workers": int(workers) if workers and workers.isdigit() else workers, "ray": ray},
-        "limits": {"max_error_rate": max_error_rate},
+        "limits": {"max_error_rate": max_error_rate, "run_s": timeout, "connect_s": connect_timeout,
+                   "first_token_s": first_token_timeout, "idle_s": idle_timeout, "total_s": request_timeout},
     }  # fmt: skip
-    planned = command.planned(scenario, flags)
+    planned = command.resumed(resume, scenario, flags) if resume else command.planned(scenario, flags)
     if dry_run:
         typer.echo(command.plan_text(planned))
         return
     raise typer.Exit(
-        command.run(planned, out=out, strict=strict, as_json=as_json, quiet=quiet, with_report=not no_report)
+        command.run(
+            planned, out=out, strict=strict, as_json=as_json, quiet=quiet, with_report=not no_report, resume=resume
+        )
     )
 
 
@@ -155,6 +170,14 @@ def report(
     from harness import command
 
     typer.echo(command.report(runs, out or runs[0] / "report.html", hardware, model_config, definitions, calibration))
+
+
+@app.command()
+def verify(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Recompute the summary of a run from its records, and say whether the stored one is the same."""
+    from harness import command
+
+    typer.echo(command.verify(run))
 
 
 @app.command()
@@ -309,15 +332,21 @@ def config_validate(path: Annotated[Path, typer.Argument(help="A scenario file."
 
 def main() -> None:
     """The command.  Errors that the user can mend are one line; exit codes are those of the README."""
+    redaction.quiet_logs()
+    # Imports make many objects that stay: to look them over again and again costs a tenth of the start.
+    gc.set_threshold(100_000)
     try:
         app()
     except RidgelineError as problem:
         if os.environ.get("RIDGELINE_DEBUG"):
-            raise
-        sys.stderr.write(f"error: {problem}\n")
+            sys.stderr.write(redaction.clean(traceback.format_exc()))
+        sys.stderr.write(f"error: {redaction.clean(str(problem))}\n")
         raise SystemExit(problem.code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(0) from None
+    except Exception:
+        sys.stderr.write(redaction.clean(traceback.format_exc()) + "This is our mistake: please report it.\n")
+        raise SystemExit(1) from None

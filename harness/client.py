@@ -11,21 +11,31 @@ from typing import Any
 import aiohttp
 import orjson
 
-from harness import dialects
+from harness import dialects, endings
 from harness.records import RidgelineError
 from harness.wire import Target, parse_url
 
-MAX_BODY = 16 * 2**20
-PREFLIGHT_S = 30.0
+MAX_BODY = 4 * 2**20
+GET_S = 2.5  # for a page that needs no model: a server that lets it wait is not to be measured
+FIRST_S = 30.0  # for the first answer of a model, unless limits say otherwise
 
 
-def key_from(env: str) -> str:
-    """The key, from the environment only.  A variable that was named but is not set is an error."""
-    key = os.environ.get(env, "")
-    if not key and env != "OPENAI_API_KEY":
-        raise RidgelineError(f"--api-key-env {env}: this environment variable is not set")
+def key_from(env: str, file: str | None = None) -> str:
+    """The key, from the environment or a file, never from the command line.  What was named and is not there is an
+    error."""
+    where = f"--api-key-file {file}" if file else f"--api-key-env {env}"
+    if file:
+        try:
+            key = Path(file).expanduser().read_text(encoding="utf-8")[:4096].strip()
+        except (OSError, UnicodeDecodeError) as problem:
+            said = getattr(problem, "strerror", None) or "not a text"
+            raise RidgelineError(f"{where}: cannot be read: {said}") from None
+    else:
+        key = os.environ.get(env, "")
+    if not key and (file or env != "OPENAI_API_KEY"):
+        raise RidgelineError(f"{where}: {'the file is empty' if file else 'this environment variable is not set'}")
     if any(ord(c) < 33 or ord(c) > 126 for c in key):
-        raise RidgelineError(f"--api-key-env {env}: the key holds characters that no HTTP header can carry")
+        raise RidgelineError(f"{where}: the key holds characters that no HTTP header can carry")
     return key
 
 
@@ -48,6 +58,7 @@ class Client:
     model: str = ""
     no_stop: tuple[str, ...] = ()
     usage: bool = True
+    first_s: float = FIRST_S
 
     def body(self, prompt: str, output_tokens: int) -> tuple[str, bytes]:
         return dialects.encode(self.api, self.model, prompt, output_tokens, self.no_stop, usage=self.usage)
@@ -56,16 +67,19 @@ class Client:
         """JSON of a GET.  Raises RidgelineError (code 6) naming the address and what to look at."""
         url = f"{self.target.url}{path}"
         try:
-            async with self.session.get(url) as response:
+            async with self.session.get(url, allow_redirects=False, timeout=_within(GET_S)) as response:
                 text = await _body(response)
                 if response.status in (401, 403):
                     raise RidgelineError(f"{url}: status {response.status}: the server wants a key, or another one; "
                                          "set OPENAI_API_KEY, or name its variable by --api-key-env", 6)  # fmt: skip
+                if 300 <= response.status < 400:
+                    raise RidgelineError(f"{url}: redirects (status {response.status}), and no redirect is followed, so "
+                                         "that no key goes elsewhere; give the address itself as --url", 6)  # fmt: skip
                 if response.status != 200:
                     raise RidgelineError(f"{url}: status {response.status}; is this an OpenAI-compatible server?", 6)
                 return orjson.loads(text)
         except (aiohttp.ClientError, OSError, TimeoutError) as problem:  # first: a bad certificate is a ValueError too
-            raise _unreachable(url, problem) from None
+            raise _unreachable(url, problem, GET_S) from None
         except ValueError:
             raise RidgelineError(f"{url}: the answer is no JSON; is this an OpenAI-compatible server?", 6) from None
 
@@ -96,18 +110,25 @@ class Client:
                 return await self._once(url, body, output_tokens)
             except (aiohttp.ClientError, OSError, TimeoutError) as problem:
                 if last or isinstance(problem, TimeoutError):
-                    raise _unreachable(url, problem) from None
+                    raise _unreachable(url, problem, self.first_s) from None
         raise AssertionError
 
     async def _once(self, url: str, body: bytes, output_tokens: int) -> dialects.Answer:
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
-        async with self.session.post(url, data=body, headers=headers, allow_redirects=False) as response:
-            data = bytearray()
-            async for chunk in response.content.iter_any():
-                data += chunk
-                if len(data) > MAX_BODY or data.endswith(b"data: [DONE]\n\n"):
-                    break
-            return dialects.interpret(bytes(data), [0.0], [len(data)], response.status, "complete", output_tokens)
+        async with self.session.post(url, data=body, headers=headers, allow_redirects=False,
+                                     timeout=_within(self.first_s)) as response:  # fmt: skip
+            data, ending = bytearray(), "complete"
+            try:
+                async for chunk in response.content.iter_any():
+                    data += chunk
+                    if len(data) > MAX_BODY or data.endswith(b"data: [DONE]\n\n"):
+                        break
+            except aiohttp.ClientPayloadError:  # cut, or compressed by a trick
+                ending = "eof"
+            note = f"Location: {response.headers['Location'][:1024]}" if "Location" in response.headers else ""
+            coding = response.headers.get("Content-Encoding", "identity")
+            return dialects.interpret(bytes(data), [0.0], [len(data)], response.status, ending, output_tokens, note,
+                                      "" if coding == "identity" else coding, self.target.key)  # fmt: skip
 
     async def input_tokens(self, prompt: str, output_tokens: int) -> int | None:
         """What the server's usage says of a prompt.  Raises RidgelineError (code 6) if it refuses the request."""
@@ -140,7 +161,7 @@ class Client:
 
     async def _answers(self) -> bool:
         try:
-            async with self.session.get(self.target.url):
+            async with self.session.get(self.target.url, allow_redirects=False, timeout=_within(GET_S)):
                 return True
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False
@@ -172,14 +193,22 @@ async def _body(response: aiohttp.ClientResponse) -> bytes:
         data += chunk
         if len(data) > MAX_BODY:
             break
-    return bytes(data)
+    coding = response.headers.get("Content-Encoding", "identity")
+    return bytes(data) if coding == "identity" else dialects.decoded(bytes(data), [len(data)], coding, MAX_BODY)[0]
 
 
-def _unreachable(url: str, problem: BaseException) -> RidgelineError:
+def _within(seconds: float) -> aiohttp.ClientTimeout:
+    """Each wait bounded, and the whole."""
+    return aiohttp.ClientTimeout(total=seconds, connect=min(seconds, GET_S))
+
+
+def _unreachable(url: str, problem: BaseException, waited_s: float = FIRST_S) -> RidgelineError:
     if isinstance(problem, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
-        return RidgelineError(f"{url}: TLS failed: {problem}; use the name in the server's certificate", 6)
+        return RidgelineError(f"{url}: TLS failed: {problem}; use the name in the server's certificate, and name an "
+                              "authority of your own by SSL_CERT_FILE", 6)  # fmt: skip
     if isinstance(problem, TimeoutError):
-        return RidgelineError(f"{url}: no answer within {PREFLIGHT_S:g} s; is the server up and not overloaded?", 6)
+        more = "" if waited_s == GET_S else "; limits.preflight_s allows a first answer more time"
+        return RidgelineError(f"{url}: no answer within {waited_s:g} s; is the server up and not overloaded?{more}", 6)
     said = str(getattr(problem, "os_error", None) or problem) or type(problem).__name__
     return RidgelineError(f"{url}: not reachable ({said}); is the server up, and are host and port right?", 6)
 
@@ -191,12 +220,9 @@ def _refused(client: Client, answer: dialects.Answer) -> RidgelineError:
         "http_404": "check --model and --api: this path or model is not there",
         "context_length": "ask for fewer tokens, or let the server take longer contexts",
         "redirect": "give the address that it redirects to as --url",
-    }.get(answer.error_class, "see the server's log")
-    key = client.target.key
-    said = answer.error.replace(key, "[redacted]") if key else answer.error
-    return RidgelineError(
-        f"{client.target.url}: a first request ended as {answer.error_class}: {said[:300]}; {hint}", 6
-    )
+    }.get(answer.error_class) or endings.ENDINGS[endings.name_of(answer.error_class)][1]
+    said = answer.error[:300]
+    return RidgelineError(f"{client.target.url}: a first request ended as {answer.error_class}: {said}; {hint}", 6)
 
 
 def local_model_path(entry: dict[str, Any], props: dict[str, Any]) -> str | None:
@@ -230,6 +256,6 @@ async def version_of(client: Client, entry: dict[str, Any], props: dict[str, Any
 
 
 def session(target: Target, headers: Sequence[tuple[str, str]] = ()) -> aiohttp.ClientSession:
-    """A session that ignores proxies of the environment, and follows no redirect with the key."""
-    timeout = aiohttp.ClientTimeout(total=PREFLIGHT_S * 10, connect=PREFLIGHT_S / 3, sock_read=PREFLIGHT_S * 4)
-    return aiohttp.ClientSession(headers=dict(target.headers) | dict(headers), trust_env=False, timeout=timeout)
+    """A session that ignores proxies of the environment, and unpacks nothing by itself: a bomb would hold up the loop."""
+    return aiohttp.ClientSession(headers=dict(target.headers) | dict(headers), trust_env=False, auto_decompress=False,
+                                 timeout=_within(FIRST_S))  # fmt: skip

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import store, summary, units
+import numpy as np
+
+from harness import redaction, store, summary, units
 from harness.progress import Progress
-from harness.records import RidgelineError
+from harness.records import RidgelineError, Table
 from harness.scenario import Scenario, load, validate
 from harness.theory.calibration import from_dict
 from harness.theory.hardware import Hardware, catalogue, find, from_row, from_yaml, prices
@@ -51,12 +54,24 @@ def _over(base: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, quiet: bool, with_report: bool) -> int:
+def resumed(folder: Path, scenario: Path | None, flags: Mapping[str, Any]) -> Scenario:
+    """The scenario of a run that is to go on: its own, whatever the options say.  Raises RidgelineError if they say
+    anything: a run is of one plan."""
+    if scenario is not None or _over({}, {k: v for k, v in flags.items() if k != "report"}):
+        raise RidgelineError(f"--resume {folder}: goes on with the run's own scenario; leave the other options out")
+    return planned(folder / "scenario.yaml", {})
+
+
+def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, quiet: bool, with_report: bool,
+        resume: Path | None = None) -> int:  # fmt: skip
     """Run, summarise, report, print; returns the exit code."""
     from harness.run import play
 
     progress = Progress(quiet)
-    outcome = _event_loop(play(scenario, ["ridgeline", *sys.argv[1:]], out, RESULTS, progress))
+    outcome = _event_loop(play(scenario, ["ridgeline", *sys.argv[1:]], out, RESULTS, progress, resume))
+    if outcome.at_once:
+        progress.line(f"stopped at once; `ridgeline report {outcome.folder}` makes a report of what was measured")
+        return int(outcome.code)
     found = summarise(outcome.folder, progress)
     if with_report:
         page = Path(scenario.report) if scenario.report else outcome.folder / "report.html"
@@ -64,7 +79,7 @@ def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, qui
     if as_json:
         print(json.dumps(store.clean(summary.public(found, str(outcome.folder))), allow_nan=False))
     else:
-        print(text_of(found, outcome.folder, page if with_report else None))
+        print(redaction.clean(text_of(found, outcome.folder, page if with_report else None)))
     return outcome.code or _exit_code(found, scenario, strict)
 
 
@@ -93,19 +108,67 @@ def summarise(folder: Path, progress: Progress | None = None, hardware_name: str
     given = {key: value for key, value in given.items() if value}
     if given or "theory" not in loaded.run:
         wanted = dict(theory) | given
-        loaded.run["theory"] = theory_inputs(wanted, loaded.run.get("engine") or {}, progress or Progress(True))
+        engine = {"served": loaded.run.get("model"), **(loaded.run.get("engine") or {})}
+        loaded.run["theory"] = theory_inputs(wanted, engine, progress or Progress(True))
         store.write_json(folder / store.RUN, loaded.run)
+    found = _summary(loaded)
+    with contextlib.suppress(RidgelineError):  # a report of a folder that is not ours to write is still a report
+        store.write_json(folder / store.SUMMARY, found)
+    return found
+
+
+def _summary(loaded: store.Run) -> dict[str, Any]:
+    """The summary of a loaded run, whose run.json holds theory's inputs."""
     inputs = loaded.run["theory"]
     model = model_from(inputs["model"]) if inputs.get("model") else None
     row = from_row(inputs["hardware"]) if inputs.get("hardware") else None
     run_info = loaded.run | {"no_prediction": inputs["missing"]}
     found = summary.build(
-        run_info, loaded.state, loaded.records, loaded.events, loaded.samples, loaded.notes, model, row
+        run_info, loaded.state, loaded.blocks, loaded.events, loaded.samples, loaded.notes, model, row
     )
-    found = store.clean(found)
-    with contextlib.suppress(RidgelineError):  # a report of a folder that is not ours to write is still a report
-        store.write_json(folder / store.SUMMARY, found)
-    return dict(found)
+    return dict(store.clean(found))
+
+
+def verify(folder: Path) -> str:
+    """Recompute the summary from the journal, and compare it and the columns with what is stored.  Raises
+    RidgelineError naming what differs."""
+    stored_path, columns = folder / store.SUMMARY, folder / store.PARQUET
+    loaded = store.load(folder, columns=False)
+    if not stored_path.exists() or "theory" not in loaded.run:
+        raise RidgelineError(f"{folder}: holds no summary to verify; `ridgeline report {folder}` makes one")
+    stored = store.read_json(stored_path)
+    differing = list(_differences(stored, json.loads(json.dumps(_summary(loaded)))))
+    n = sum(len(block) for block in loaded.blocks(("id",), False))
+    if columns.exists():
+        kept = store.load(folder)
+        same = itertools.starmap(_same_records, itertools.zip_longest(kept.blocks(), loaded.blocks()))
+        if not kept.archived or not all(same):
+            differing.append(f"{store.PARQUET} holds other records than the journal")
+    if loaded.notes or differing:
+        raise RidgelineError(f"{folder}: " + "; ".join([*loaded.notes, *differing[:8]]))
+    return f"{folder}: {n} records; {store.SUMMARY} is what they give"
+
+
+def _same_records(kept: Table | None, journalled: Table | None) -> bool:
+    if kept is None or journalled is None or len(kept) != len(journalled):
+        return False
+    return all(
+        np.array_equal(getattr(kept, name), getattr(journalled, name), equal_nan=name.endswith("_s"))
+        for name in ("id", "sent_s", "end_s", "output_tokens", "error_class", "chunk_s", "chunk_tokens")
+    )
+
+
+def _differences(stored: Any, now: Any, where: str = store.SUMMARY) -> Iterator[str]:
+    if isinstance(stored, dict) and isinstance(now, dict):
+        for key in sorted(stored.keys() | now.keys()):
+            yield from _differences(
+                stored.get(key), now.get(key), f"{where}: {key}" if ":" not in where else f"{where}.{key}"
+            )
+    elif isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now):
+        for i, (one, other) in enumerate(zip(stored, now, strict=True)):
+            yield from _differences(one, other, f"{where}[{i}]")
+    elif stored != now:
+        yield f"{where} is {json.dumps(stored)[:60]}, and the records give {json.dumps(now)[:60]}"
 
 
 def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
@@ -116,7 +179,10 @@ def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress
         model = _model(theory, engine)
     except RidgelineError as problem:
         missing.append(
-            {"saw": f"no prediction: {problem}", "do": "give --model-config a config.json, its folder, or a GGUF file"}
+            {
+                "saw": f"no prediction: {problem}",
+                "do": "give --model-config a config.json, its folder, a GGUF file, or a name of the catalogue",
+            }
         )
     try:
         row = _hardware(theory, engine, model, progress)
@@ -144,11 +210,17 @@ def model_from(data: Mapping[str, Any]) -> Model:
 
 def _model(theory: Mapping[str, Any], engine: Mapping[str, Any]) -> Model:
     from harness import models
+    from harness.theory.catalogue import find as published
 
-    path = theory["model_config"] or engine.get("model_path")
-    if not path:
+    if path := theory["model_config"] or engine.get("model_path"):
+        return models.load(path)
+    if not engine.get("served"):
         raise RidgelineError("the served model's configuration is not known")
-    return models.load(path)
+    model = published(str(engine["served"]))
+    note = (
+        f"{model.name}: the model is known by the name it is served under, and its weights are taken as {model.dtype}"
+    )
+    return dataclasses.replace(model, notes=(*model.notes, note))
 
 
 def _hardware(
@@ -200,7 +272,7 @@ def _compared(folder: Path, name: str) -> dict[str, Any]:
     run = store.load(folder)
     tool = tools.tool(name)
     return {"run": str(folder), "definitions": name, "version": tool.version,
-            "points": tools.compare(name, run.run, run.records)}  # fmt: skip
+            "points": tools.compare(name, run.run, run.blocks)}  # fmt: skip
 
 
 def definitions(folder: Path | None, name: str, as_json: bool) -> str:

@@ -25,6 +25,8 @@ import numpy as np
 from harness import metrics, stats, units
 from harness.metrics import chunk_gap_s, e2e_s, ttft_s
 from harness.records import NAN, Floats, RidgelineError, Table
+from harness.stats import Spread
+from harness.tally import Blocks, Tally, count, of_table
 
 TIMES = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
 RATES = ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s")
@@ -135,44 +137,85 @@ def tool(name: str) -> Tool:
     return TOOLS[name]
 
 
+class _Figures:
+    """One point's figures as a tool defines them, from blocks of its measured records."""
+
+    def __init__(self, how: Tool) -> None:
+        self.how = how
+        self.spreads = {key: Spread() for key in TIMES if getattr(how, key)}
+        self.trials: dict[int, _Span] = {}
+
+    def add(self, t: Table) -> None:
+        good = t.where(t.ok)
+        for key, spread in self.spreads.items():
+            spread.add(getattr(self.how, key)(good))
+        for k in np.unique(t.trial).tolist():
+            self.trials.setdefault(k, _Span()).add(self.how, t.where(t.trial == k))
+
+    def row(self) -> dict[str, Any]:
+        """Seconds, tokens and requests per second; None for what the tool has not."""
+        row: dict[str, Any] = {
+            key: metrics.distribution(self.spreads[key]) if key in self.spreads else None for key in TIMES
+        }
+        rates = [span.rates() for span in self.trials.values()]
+        return row | {key: stats.mean(np.array([rate[key] for rate in rates])) for key in RATES}
+
+
+@dataclass(slots=True)
+class _Span:
+    """All tokens of a trial over all of its time, ramp and drain included: each trial is one run of the tool."""
+
+    start_s: float = float("inf")
+    end_s: float = -float("inf")
+    outputs: float = 0.0
+    inputs: float = 0.0
+    requests: int = 0
+
+    def add(self, how: Tool, t: Table) -> None:
+        over_s = (t.sent_s + how.over_s(t))[t.ok]
+        self.start_s = min(self.start_s, float(np.nanmin(t.sent_s, initial=self.start_s)))
+        self.end_s = max(self.end_s, float(np.nanmax(over_s, initial=self.end_s)))
+        good = t.where(t.ok)
+        self.outputs += float(np.nansum(how.tokens(good)))
+        self.inputs += float(good.input_tokens[good.input_tokens > 0].sum())
+        self.requests += len(good)
+
+    def rates(self) -> dict[str, float]:
+        lasted_s = self.end_s - self.start_s if self.end_s > self.start_s else NAN
+        return {
+            "output_tokens_per_s": self.outputs / lasted_s,
+            "total_tokens_per_s": (self.outputs + self.inputs) / lasted_s if self.inputs else NAN,
+            "requests_per_s": self.requests / lasted_s,
+        }
+
+
 def figures(name: str, t: Table, mode: str, slots: int) -> dict[str, Any]:
     """One point's figures as `name` defines them, from its measured records: seconds, tokens and requests per second."""
     t = t.where(~t.warmup)
     if name == "ridgeline":
-        ours = metrics.point_summary(t, mode, slots)
+        ours = of_table(t, mode, slots).row()
         return {key: ours[key] for key in (*TIMES, *RATES)}
-    how, good = tool(name), t.where(t.ok)
-    row: dict[str, Any] = {}
-    for key in TIMES:
-        compute = getattr(how, key)
-        row[key] = metrics.distribution(compute(good), []) if compute else None
-    rates = [_rates(how, t.where(t.trial == k)) for k in np.unique(t.trial)]
-    return row | {key: stats.mean(np.array([rate[key] for rate in rates])) for key in RATES}
+    found = _Figures(tool(name))
+    found.add(t)
+    return found.row()
 
 
-def _rates(how: Tool, t: Table) -> dict[str, float]:
-    """All tokens of the run over all of its time, ramp and drain included; each trial is one run of the tool."""
-    over_s = (t.sent_s + how.over_s(t))[t.ok]
-    duration_s = float(np.nanmax(over_s) - np.nanmin(t.sent_s)) if np.isfinite(over_s).any() else NAN
-    good = t.where(t.ok)
-    outputs, inputs = float(np.nansum(how.tokens(good))), float(good.input_tokens[good.input_tokens > 0].sum())
-    return {
-        "output_tokens_per_s": outputs / duration_s,
-        "total_tokens_per_s": (outputs + inputs) / duration_s if inputs else NAN,
-        "requests_per_s": len(good) / duration_s,
-    }
-
-
-def compare(name: str, run: Mapping[str, Any], records: Table) -> list[dict[str, Any]]:
+def compare(name: str, run: Mapping[str, Any], blocks: Blocks) -> list[dict[str, Any]]:
     """For each point with a measured request: its batch size or rate, `ours` and `theirs`."""
-    tool(name)
-    mode, found = run["scenario"]["workload"]["mode"], []
+    how, mode = tool(name), run["scenario"]["workload"]["mode"]
+    ours = {index: Tally(mode, plan["batch_size"] or 0) for index, plan in enumerate(run["points"])}
+    theirs = {index: _Figures(how) for index in ours}
+    count(ours, blocks)
+    for t in blocks(None, True) if name != "ridgeline" else ():
+        for point in np.unique(t.point).tolist():
+            if point in theirs:
+                theirs[point].add(t.where((t.point == point) & ~t.warmup))
+    found = []
     for index, plan in enumerate(run["points"]):
-        t = records.where((records.point == index) & ~records.warmup)
-        if len(t):
-            both = {"ours": "ridgeline", "theirs": name}
-            slots = plan["batch_size"] or 0
-            found.append({**plan, **{side: figures(who, t, mode, slots) for side, who in both.items()}})
+        if ours[index].requests:
+            row = ours[index].row()
+            mine = {key: row[key] for key in (*TIMES, *RATES)}
+            found.append({**plan, "ours": mine, "theirs": mine if name == "ridgeline" else theirs[index].row()})
     return found
 
 

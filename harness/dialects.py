@@ -7,21 +7,36 @@ a final `data: [DONE]` without its blank line is accepted.
 
 from __future__ import annotations
 
+import json
 import re
-from bisect import bisect_left
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import orjson
 
+from harness.endings import (
+    ENDINGS,
+    ERROR_BYTES,
+    EVENT_BYTES,
+    MESSAGE_CHARS,
+    RUNAWAY,
+    WORD_CHARS,
+    most_bytes,
+    name_of,
+    plain,
+)  # fmt: skip
+from harness.records import Floats
+
 APIS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-LEGAL_FINISH = frozenset(
-    {"stop", "length", "tool_calls", "function_call", "content_filter", "eos_token", "stop_sequence"}
-)
-ABORTED_FINISH = frozenset({"abort", "aborted", "error", "cancelled", "canceled"})
-MESSAGE_BYTES = 4096  # an error's text in a record is cut here
-RUNAWAY = 4  # a stream of more than this times the tokens asked for is not an answer
+# vLLM, SGLang, TGI, llama.cpp, Anthropic and Gemini styles, in lower case.
+LEGAL_FINISH = frozenset({"stop", "length", "tool_calls", "function_call", "content_filter", "repetition", "eos_token",
+                          "stop_sequence", "end_turn", "max_tokens", "tool_use", "eos", "limit"})  # fmt: skip
+TOKENS_AT_MOST = 10**9  # a larger count is no count
+MISMATCH = 0.10  # usage may differ from what came by so much before it is doubted
+GZIP, DEFLATE, RAW_DEFLATE = 31, 15, -15  # zlib's wbits
 
 # Extra body fields that make the output length exact, most demanding first; a probe finds which the server takes.
 NO_STOP: tuple[tuple[str, ...], ...] = (("ignore_eos", "min_tokens"), ("ignore_eos",), ("min_tokens",), ())
@@ -42,13 +57,8 @@ def encode(api: str, model: str, prompt: str, output_tokens: int, no_stop: Seque
     return APIS[api], orjson.dumps(body)
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One dispatched event: its data, its type, and the offset of the byte that completed it."""
-
-    data: bytes
-    end: int
-    kind: bytes = b""
+# One dispatched event: its data, the offset of the byte that completed it, its type.  A plain tuple: there are many.
+Event = tuple[bytes, int, bytes]
 
 
 _LINE = re.compile(rb"\r\n|\r|\n")
@@ -65,11 +75,11 @@ def events(body: bytes) -> list[Event]:
     for block in blocks[:-1]:
         at += len(block) + 2
         if block.startswith(b"data: ") and b"\n" not in block:  # the shape of nearly every event
-            found.append(Event(block[6:], at))
+            found.append((block[6:], at, b""))
         elif event := _event(block.split(b"\n"), at):
             found.append(event)
     if blocks[-1].strip() in (b"data: [DONE]", b"data:[DONE]"):
-        found.append(Event(b"[DONE]", len(body)))
+        found.append((b"[DONE]", len(body), b""))
     return found
 
 
@@ -88,7 +98,7 @@ def _events_by_line(body: bytes, start: int) -> list[Event]:
             found.append(event)
         lines = []
     if body[at:].strip() in (b"data: [DONE]", b"data:[DONE]") and not lines:
-        found.append(Event(b"[DONE]", len(body)))
+        found.append((b"[DONE]", len(body), b""))
     return found
 
 
@@ -104,7 +114,7 @@ def _event(lines: Sequence[bytes], end: int) -> Event | None:
             kind = value
         elif name == b"error":  # llama.cpp before 2025 sent its errors as a field of this name
             data, kind = [value], b"error"
-    return Event(b"\n".join(data), end, kind) if data else None
+    return (b"\n".join(data), end, kind) if data else None
 
 
 @dataclass(slots=True)
@@ -112,7 +122,7 @@ class Answer:
     """What one response said.  `arrivals_s` are the stamps of events with generated text (as given: seconds);
     `first_event_s` and `last_event_s` those of the first and the last event with a choice, whatever it held."""
 
-    arrivals_s: list[float] = field(default_factory=list)
+    arrivals_s: Floats = field(default_factory=lambda: np.empty(0))
     arrival_tokens: list[int] = field(default_factory=list)
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -126,96 +136,246 @@ class Answer:
     first_event_s: float = float("nan")
     last_event_s: float = float("nan")
     choice_events: int = 0
+    notes: list[str] = field(default_factory=list)
+    one_piece: bool = False
+    text: bool = False
 
 
 def text_of(choice: Mapping[str, Any]) -> str:
-    """The generated text of a choice: content, reasoning or the arguments of a tool call; "" for a role-only chunk."""
+    """The generated text of a choice: content, reasoning, a refusal, or the arguments of a tool call; "" for a role-only
+    chunk."""
     delta = choice.get("delta") or choice.get("message")
     if not isinstance(delta, Mapping):
         text = choice.get("text")
         return text if isinstance(text, str) else ""
-    for key in ("content", "reasoning_content", "reasoning"):
+    for key in ("content", "reasoning_content", "reasoning", "refusal"):
         if isinstance(text := delta.get(key), str) and text:
             return text
-    calls = delta.get("tool_calls")
-    if isinstance(calls, list) and calls:
-        return str(calls)
-    return ""
+    return "…" if delta.get("tool_calls") or (isinstance(delta.get("content"), list) and delta["content"]) else ""
 
 
 def interpret(body: bytes, stamps_s: Sequence[float], ends: Sequence[int], status: int, ending: str,
-              output_tokens: int, note: str = "") -> Answer:  # fmt: skip
-    """Read a whole response.
+              output_tokens: int, note: str = "", coding: str = "", secret: str = "") -> Answer:  # fmt: skip
+    """Read a whole response.  Never raises: a failure of ours is a class too, since no record may be lost.
 
     `stamps_s[i]` is when the first `ends[i]` bytes of the body had arrived (both ascending, same length); an event
-    arrived with the read that completed it.  `ending` is what the wire saw: "complete", or an error class of its own.
-    Success means a legal finish reason (or [DONE]), no error object of any dialect, and at least one token.
+    arrived with the read that completed it.  `ending` is what the wire saw: "complete", or an error class of its own;
+    `coding` the Content-Encoding.  `secret` is kept out of every text.  Success means status 200, a legal finish reason,
+    no error object of any dialect, and at least one token.
     """
     answer = Answer()
-    if status and status != 200:
+    try:
+        _interpret(answer, body, stamps_s, ends, status, ending, output_tokens, note, coding)
+    except Exception as problem:
+        _fail(answer, "client_error", f"{type(problem).__name__}: {problem}", force=True)
+    if answer.error_class and not answer.error:
+        answer.error = ENDINGS[name_of(answer.error_class)][0]
+    answer.error = plain(answer.error, secret)
+    answer.finish_reason = plain(answer.finish_reason, secret, WORD_CHARS)
+    return answer
+
+
+def _interpret(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: Sequence[int], status: int, ending: str,
+               asked: int, note: str, coding: str) -> None:  # fmt: skip
+    problem = ""
+    if coding:
+        most = most_bytes(asked) if status == 200 else ERROR_BYTES
+        body, ends, problem = decoded(body, ends, coding, most)
+    if status >= 200 and status != 200:
         answer.error_class = _status_class(status, body)
-        answer.error = _clip(_message(body) or note)
-        return answer
+        answer.error = _message(body) or note or f"status {status}, and no words with it"
+        return
+    if not (stamps_s and body):
+        _classify(answer, body, ending if status else _no_status(ending), asked, note)
+        return
+    if coding or body.startswith(b"\x1f\x8b"):
+        answer.notes.append("compressed")
     stream = body.lstrip(b"\xef\xbb\xbf \r\n")
     if stream.startswith(b"{"):
         _read_unary(answer, stream)
     else:
         _read_stream(answer, body, stamps_s, ends)
-    _count(answer)
-    _classify(answer, body, ending, output_tokens, note)
-    return answer
+    _count(answer, asked)
+    if problem == "encoding" or (body.startswith(b"\x1f\x8b") and not coding):
+        _fail(answer, "encoding", f"Content-Encoding is {coding or 'not told'}, and the body is something else")
+    _classify(answer, body, problem if problem in ("event_too_large", "runaway") else ending, asked, note)
+
+
+def _no_status(ending: str) -> str:
+    return "malformed_http" if ending == "complete" else ending
+
+
+def decoded(body: bytes, ends: Sequence[int], coding: str, most: int) -> tuple[bytes, list[int], str]:
+    """Unpack a compressed body read by read, so that stamps stay true: (at most `most` bytes, their ends, problem).
+    The problem is "", "encoding" (the body then as it came), "runaway" or "event_too_large"."""
+    kinds = {"gzip": GZIP, "x-gzip": GZIP, "deflate": DEFLATE if body[:1] in (b"\x78", b"\x58") else RAW_DEFLATE}
+    if coding.strip().lower() not in kinds:
+        return body, list(ends), "encoding"
+    wbits = kinds[coding.strip().lower()]
+    unpacker, at, found, out_ends = zlib.decompressobj(wbits), 0, bytearray(), []
+    try:
+        for end in ends:
+            piece, at = body[at:end], end
+            while piece and len(found) <= most:
+                found += unpacker.decompress(piece, most + 1 - len(found))
+                piece = unpacker.unconsumed_tail
+                if unpacker.eof:  # a stream may be several, one after the other; zeros after it are padding
+                    piece, unpacker = unpacker.unused_data.lstrip(b"\0"), zlib.decompressobj(wbits)
+            out_ends.append(len(found))
+    except zlib.error:
+        return (
+            (body, list(ends), "encoding") if not found else (bytes(found), _filled(out_ends, ends, found), "encoding")
+        )
+    if len(found) > most:
+        longest = max(map(len, re.split(rb"\n\n|\r\n\r\n|\r\r", bytes(found))))
+        return bytes(found), out_ends, "event_too_large" if longest > EVENT_BYTES else "runaway"
+    return bytes(found), out_ends, ""
+
+
+def _filled(out_ends: list[int], ends: Sequence[int], found: bytearray) -> list[int]:
+    return out_ends + [len(found)] * (len(ends) - len(out_ends))
+
+
+def _loads(data: bytes) -> Any:
+    """JSON; the slow parser takes what the quick one refuses and servers yet send: NaN, halves of surrogate pairs.
+    Raises ValueError, or RecursionError."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return json.loads(data)
+
+
+class _Alike:
+    """Events that differ from a fully read one only in the text of their choice, which need no JSON parser.
+
+    Servers send hundreds of events of one shape.  One whose text is a plain JSON string between the same bytes says
+    the same of everything else: one more piece of text, no error, no usage, no end.
+    """
+
+    def __init__(self) -> None:
+        self.before, self.after = b"no event begins with this", b""
+        self.text_at = self.missed = 0
+
+    def __call__(self, data: bytes) -> bool:
+        if not data.startswith(self.before) or not data.endswith(self.after):
+            return False
+        return bool(_PLAIN(data, self.text_at, len(data) - len(self.after)))
+
+    def learn(self, data: bytes, text: str) -> None:
+        """`data` holds one choice with `text` and tells nothing else that is counted."""
+        if self.missed > 8:  # each event differs in more than its text: leave it
+            return
+        self.missed += 1
+        found = list(_TEXT_KEYS.finditer(data))
+        said = orjson.dumps(text)[1:] if text.isascii() else b""
+        if len(found) == 1 and said and data.startswith(said, found[0].end()):
+            self.text_at = found[0].end()
+            self.before, self.after = data[: self.text_at], data[self.text_at + len(said) - 1 :]
+
+
+_PLAIN = re.compile(rb"[ !#-\[\]-~]+").fullmatch  # a JSON string without escapes, quotes and bytes beyond ASCII
+_TEXT_KEYS = re.compile(rb'"(?:text|content|reasoning_content|reasoning)": ?"')
 
 
 def _read_stream(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: Sequence[int]) -> None:
     said = 0  # completion tokens by usage so far, where the server tells continuously
-    for event in events(body):
+    alike = _Alike()
+    choice_ends: list[int] = []  # of events with a choice
+    text_at: list[int] = []  # which of those held text
+    for data, end, kind in events(body):
         answer.events += 1
-        if event.data == b"[DONE]":
+        if not kind and alike(data):
+            text_at.append(len(choice_ends))
+            choice_ends.append(end)
+            answer.arrival_tokens.append(1)
+            continue
+        if data.strip() == b"[DONE]":
             answer.done = True
             break
         try:
-            message = orjson.loads(event.data)
-        except orjson.JSONDecodeError:
-            _fail(answer, "encoding", "an event is no JSON: " + event.data[:200].decode("utf-8", "replace"))
+            message = _loads(data)
+        except (ValueError, RecursionError):
+            words = data[:MESSAGE_CHARS].decode("utf-8", "replace")
+            if kind == b"error":
+                _fail(answer, "server_error_in_band", words, force=True)
+            else:
+                _fail(answer, "encoding", f"an event is no JSON: {words}")
             continue
         if not isinstance(message, dict):
             continue
-        if problem := _in_band_error(message, event.kind):
-            _fail(answer, "server_error_in_band", problem)
+        if problem := _in_band_error(message, kind):
+            _fail(answer, "server_error_in_band", problem, force=answer.error_class == "encoding")
             continue
         before = said
         said = _take_usage(answer, message, said)
-        choices = message.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+        choice = _choice(message)
         if choice is None:
             continue
         if choice.get("finish_reason"):
-            answer.finish_reason = str(choice["finish_reason"])
-        answer.choice_events += 1
-        answer.last_event_s = stamps_s[min(bisect_left(ends, event.end), len(stamps_s) - 1)]
-        if answer.first_event_s != answer.first_event_s:
-            answer.first_event_s = answer.last_event_s
-        if text_of(choice):
-            answer.arrivals_s.append(answer.last_event_s)
+            answer.finish_reason = str(choice["finish_reason"])[:MESSAGE_CHARS]
+        if text := text_of(choice):
             ids = choice.get("token_ids")
             tokens = len(ids) if isinstance(ids, list) and ids else said - before if said > before > 0 else 1
+            text_at.append(len(choice_ends))
             answer.arrival_tokens.append(tokens)
+            if tokens == 1 and not choice.get("finish_reason") and not message.get("usage") and not ids:
+                alike.learn(data, text)
+        choice_ends.append(end)
+    answer.text = bool(text_at)
+    _stamp(answer, choice_ends, text_at, stamps_s, ends)
+
+
+def _stamp(
+    answer: Answer, choice_ends: Sequence[int], text_at: Sequence[int], stamps_s: Sequence[float], ends: Sequence[int]
+) -> None:
+    """An event arrived with the read that completed it."""
+    answer.choice_events = len(choice_ends)
+    if not choice_ends:
+        return
+    stamps = np.asarray(stamps_s, np.float64)
+    reads = np.minimum(np.searchsorted(np.asarray(ends, np.int64), np.asarray(choice_ends)), len(stamps) - 1)
+    arrived_s = stamps[reads]
+    answer.first_event_s, answer.last_event_s = float(arrived_s[0]), float(arrived_s[-1])
+    answer.arrivals_s = arrived_s[text_at] if text_at else arrived_s[:0]
+
+
+def has_text(body: bytes) -> bool:
+    """Whether the part of a body that has come holds generated text; an answer in one piece counts as such."""
+    if body.lstrip().startswith(b"{"):
+        return True
+    answer = Answer()
+    _read_stream(answer, body, [0.0], [len(body)])
+    return answer.text
+
+
+def _choice(message: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The first choice: we ask for one, and the texts of others would count twice."""
+    choices = message.get("choices")
+    if not isinstance(choices, list):
+        return None
+    return next((c for c in choices if isinstance(c, dict) and not c.get("index")), None)
 
 
 def _read_unary(answer: Answer, body: bytes) -> None:
     """An answer in one piece: its tokens count, but it has no first token to time."""
+    answer.one_piece = True
     try:
-        message = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        message = _loads(body)
+    except (ValueError, RecursionError):
+        _fail(answer, "encoding", "the body is no JSON: " + body[:200].decode("utf-8", "replace"))
         return
     if problem := _in_band_error(message, b""):
         _fail(answer, "server_error_in_band", problem)
         return
     _take_usage(answer, message, 0)
-    choices = message.get("choices")
-    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-        answer.finish_reason = str(choices[0].get("finish_reason") or "")
-        answer.events = 1 if text_of(choices[0]) else 0
+    if choice := _choice(message):
+        answer.finish_reason = str(choice.get("finish_reason") or "")[:MESSAGE_CHARS]
+        answer.events, answer.text = 1, bool(text_of(choice))
+
+
+def _whole(value: Any) -> int | None:
+    """A count as a server may tell it, or None: no truth value, no fraction, nothing negative or absurd."""
+    return value if type(value) is int and 0 <= value <= TOKENS_AT_MOST else None
 
 
 def _take_usage(answer: Answer, message: Mapping[str, Any], said: int) -> int:
@@ -223,65 +383,107 @@ def _take_usage(answer: Answer, message: Mapping[str, Any], said: int) -> int:
     usage = message.get("usage")
     if not isinstance(usage, Mapping):
         return said
-    if isinstance(prompt := usage.get("prompt_tokens"), int):
+    if (prompt := _whole(usage.get("prompt_tokens"))) is not None:
         answer.input_tokens = prompt
     details = usage.get("prompt_tokens_details")
-    if isinstance(details, Mapping) and isinstance(cached := details.get("cached_tokens"), int):
+    if isinstance(details, Mapping) and (cached := _whole(details.get("cached_tokens"))) is not None:
         answer.cached_tokens = cached
-    if isinstance(completion := usage.get("completion_tokens"), int):
+    if (completion := _whole(usage.get("completion_tokens"))) is not None:
         answer.output_tokens, answer.token_source = completion, "usage"
         return completion
     return said
 
 
-def _count(answer: Answer) -> None:
-    if answer.output_tokens is None and answer.arrivals_s:
+def _count(answer: Answer, asked: int) -> None:
+    """The tokens: usage, unless it cannot be true beside what came.  No token is in two events, and no server that
+    heeds max_tokens gives more than were asked."""
+    seen, said = len(answer.arrival_tokens), answer.output_tokens
+    if not seen:
+        return
+    too_few = said is not None and said < seen - max(1.0, MISMATCH * seen)
+    too_many = said is not None and said > asked + max(1.0, MISMATCH * asked) and seen <= asked
+    if too_few or too_many:
+        answer.notes.append("token_count_mismatch")
+    if too_few or too_many or sum(answer.arrival_tokens) > RUNAWAY * (asked + seen):
+        answer.arrival_tokens = [1] * seen
+    if said is None or too_few or too_many:
         answer.output_tokens, answer.token_source = sum(answer.arrival_tokens), "chunks"
 
 
 def _classify(answer: Answer, body: bytes, ending: str, asked: int, note: str) -> None:
     if answer.error_class == "server_error_in_band":
         return
-    if ending == "complete" or answer.done:
-        if answer.error_class:
-            return
-        if not answer.events:
-            _fail(answer, "not_an_llm_response" if body else "empty_output", body[:200].decode("utf-8", "replace"))
-        elif answer.finish_reason in ABORTED_FINISH:
-            _fail(answer, "aborted_by_server", f"finish_reason is {answer.finish_reason!r}")
-        elif not answer.finish_reason and not answer.done:
-            _fail(answer, "truncated", "the stream ended with neither a finish_reason nor [DONE]")
-        elif not answer.output_tokens and not answer.arrivals_s:
-            _fail(answer, "empty_output", "the answer holds no token")
-        elif len(answer.arrivals_s) > RUNAWAY * asked:
-            _fail(answer, "runaway", f"{len(answer.arrivals_s)} events with text for {asked} tokens asked")
-    elif ending == "eof":
-        _fail(answer, "truncated", note or "the connection ended inside the answer", force=True)
-    else:
-        _fail(answer, ending, note, force=True)
+    if ending != "complete" and not answer.done:
+        if ending == "eof":
+            _fail(answer, "truncated", note or "the connection ended inside the answer", force=True)
+        else:
+            _fail(answer, ending, note, force=True)
+    elif answer.error_class:
+        return
+    elif not answer.events:
+        _fail(answer, "not_an_llm_response", body[:200].decode("utf-8", "replace") or "the body is empty")
+    elif answer.finish_reason and answer.finish_reason.lower() not in LEGAL_FINISH:
+        _fail(answer, "aborted_by_server", f"finish_reason is {answer.finish_reason!r}")
+    elif len(answer.arrival_tokens) > RUNAWAY * asked:
+        _fail(answer, "runaway", f"{len(answer.arrival_tokens)} events with text for {asked} tokens asked")
+    elif not answer.finish_reason and (answer.text or not answer.done):
+        _fail(answer, "truncated", "the stream ended without a finish_reason")
+    elif not answer.text:
+        _fail(answer, "empty_output", "the answer holds no generated text")
+    elif answer.one_piece:
+        answer.notes.append("not_streamed")
+    elif not answer.done:
+        answer.notes.append("no_done")
 
 
 def _fail(answer: Answer, error_class: str, message: str, force: bool = False) -> None:
     if force or not answer.error_class:
-        answer.error_class, answer.error = error_class, _clip(message)
+        answer.error_class, answer.error = error_class, message
 
 
-def _in_band_error(message: Mapping[str, Any], kind: bytes) -> str:
+def _in_band_error(message: Any, kind: bytes) -> str:
     """The text of an error object in any known dialect, or "".  `"error": null`, "" and {} are no errors."""
-    error = message.get("error")
-    if isinstance(error, Mapping) and error:
-        return str(error.get("message") or error)
-    if isinstance(error, str) and error:
-        return error
+    if not isinstance(message, Mapping):
+        return ""
+    if error := message.get("error"):
+        return _said(error) or "error"
+    choice = _choice(message)
+    if choice and (error := choice.get("error")):
+        return _said(error) or "error"
     if kind == b"error" or message.get("object") == "error" or message.get("type") == "error":
-        return str(message.get("message") or message)
+        return _said(message) or "error"
+    if "choices" not in message and "usage" not in message:  # a web framework's own words
+        for name in ("message", "detail"):
+            if isinstance(text := message.get(name), str) and text:
+                return text
     return ""
+
+
+def _said(value: Any) -> str:
+    """The words of an error, whatever its shape; bounded, and never deep enough to fail."""
+    if isinstance(value, Mapping):
+        for name in ("message", "detail", "error"):
+            if isinstance(text := value.get(name), str) and text:
+                return text
+    if isinstance(value, str):
+        return value
+    try:
+        return orjson.dumps(value).decode()
+    except (TypeError, ValueError):
+        return type(value).__name__
+
+
+_TOO_LONG = re.compile(
+    rb"context.{0,20}(length|size|window)|maximum.{0,20}(context|model)|exceed.{0,60}(context|token)|"
+    rb"(context|token).{0,60}exceed|inputs.{0,20}tokens",
+    re.I,
+)
 
 
 def _status_class(status: int, body: bytes) -> str:
     if 300 <= status < 400:
         return "redirect"
-    if status == 400 and re.search(rb"context.{0,20}length|maximum.{0,20}(context|model)|exceed", body[:4096], re.I):
+    if status in (400, 413, 422) and _TOO_LONG.search(body[:MESSAGE_CHARS]):
         return "context_length"
     return f"http_{status}"
 
@@ -289,16 +491,7 @@ def _status_class(status: int, body: bytes) -> str:
 def _message(body: bytes) -> str:
     """The human part of an error body: the message of its JSON, else its text."""
     try:
-        said = orjson.loads(body[:1_000_000])
-    except orjson.JSONDecodeError:
-        return body[:MESSAGE_BYTES].decode("utf-8", "replace")
-    if isinstance(said, Mapping):
-        return _in_band_error(said, b"") or str(said.get("message") or said.get("detail") or said)
-    return str(said)
-
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def _clip(text: str) -> str:
-    return _CONTROL.sub("", text)[:MESSAGE_BYTES]
+        said = _loads(body)
+    except (ValueError, RecursionError):
+        return body.decode("utf-8", "replace")
+    return _in_band_error(said, b"") or _said(said)

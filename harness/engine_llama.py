@@ -7,6 +7,7 @@ switches it off.  So a scenario's `args` mean the same with this wheel and with 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -101,6 +102,8 @@ def main(arguments: list[str]) -> None:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
+    if key := os.environ.get("LLAMA_API_KEY"):  # as llama-server's own environment variable
+        params.api_keys = [key]
     apply(params, arguments)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -24,7 +24,8 @@ from typing import Any
 
 import aiohttp
 
-from harness import machine
+from harness import machine, redaction
+from harness.endings import is_secret
 from harness.plan import context_tokens
 from harness.records import NAN, RidgelineError
 from harness.scenario import Scenario
@@ -38,6 +39,8 @@ SAY_EVERY_S = 10.0
 TAIL_LINES = 12
 WRONG_REQUEST_S = 5.0  # an engine that still starts may answer 404 for a moment; after so long it means it
 HERE = Path(__file__).parent
+SECRETS = "RIDGELINE_SECRETS"  # how the warden is told what to keep out of the log, one a line
+KEY_NAMES = {"vllm": "VLLM_API_KEY", "llama.cpp": "LLAMA_API_KEY"}  # by which the servers take their key
 SECRET = re.compile(r"key|token$|secret|passw|credential|auth", re.IGNORECASE)
 # "Traceback", or a line that is indented once vLLM's prefixes are taken off.
 TRACEBACK = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^]]*\] )?(Traceback \(|\s{2})")
@@ -133,8 +136,9 @@ class Launch:
     loaded: tuple[str, ...]  # lines of the log that tell that the weights are there, the most exact first
 
 
-def from_scenario(scenario: Scenario) -> EngineSpec:
-    """The spec of a scenario's engine; what it leaves open follows from the workload."""
+def from_scenario(scenario: Scenario, key: str = "") -> EngineSpec:
+    """The spec of a scenario's engine; what it leaves open follows from the workload.  A server that we start wants
+    `key`, and gets it by its environment: arguments can be read by every user of the machine."""
     engine, workload = scenario.engine, scenario.workload
     # A quarter more than the workload, so that probes, templates and a tokenizer's surprises fit too.
     needed = math.ceil(1.25 * context_tokens(workload) + 128)
@@ -155,7 +159,7 @@ def from_scenario(scenario: Scenario) -> EngineSpec:
         slots=slots,
         context_tokens=engine.context_tokens or math.ceil(needed / 256) * 256,
         threads=engine.threads,
-        api_key=os.environ.get(scenario.api_key_env, ""),
+        api_key=key,
     )
 
 
@@ -173,6 +177,8 @@ async def launched(spec: EngineSpec, folder: Path, say: Say) -> AsyncIterator[En
         raise RidgelineError(f"engine.kind: got {spec.kind!r}; known: {', '.join(ENGINES)}, url")
     port = _port(spec)
     launch = await asyncio.to_thread(ENGINES[spec.kind], spec, port)
+    if spec.api_key:
+        launch.env.setdefault(KEY_NAMES[spec.kind], spec.api_key)
     engine = await asyncio.to_thread(_engine, spec, launch, port, folder)
     say(f"starting {spec.kind} with {launch.served_name} on port {port}; its log: {engine.log}")
     started_s = time.monotonic()
@@ -375,9 +381,19 @@ def _start(launch: Launch, log: Path) -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=file,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | launch.env,
+            env=os.environ | {"PYTHONUNBUFFERED": "1", SECRETS: "\n".join(_secrets(launch))} | launch.env,
             start_new_session=True,
         )
+
+
+def _secrets(launch: Launch) -> list[str]:
+    """What the warden keeps out of the log: values of what sounds like a secret, in the environment or the arguments."""
+    found = {value for name, value in (os.environ | launch.env).items() if is_secret(name)} | set(redaction.guarded())
+    for word, after in zip(launch.command, [*launch.command[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and is_secret(name.removeprefix("--")):
+            found.add(value if equals else after)
+    return sorted(value for value in found if len(value) >= redaction.LEAST_CHARS and "\n" not in value)
 
 
 def _pid_of(warden: subprocess.Popen[bytes], program: str) -> int:
@@ -430,7 +446,10 @@ async def _complete(http: aiohttp.ClientSession, engine: Engine, limit_s: float)
     body = {"model": engine.served_name, "prompt": "Hello", "max_tokens": 1}
     try:
         async with http.post(
-            f"{engine.url}/v1/completions", json=body, timeout=aiohttp.ClientTimeout(total=limit_s)
+            f"{engine.url}/v1/completions",
+            json=body,
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=limit_s),
         ) as response:
             text = await response.text(errors="replace")
             if response.status == 200 and not json.loads(text).get("choices"):
@@ -445,7 +464,9 @@ async def _version(http: aiohttp.ClientSession, engine: Engine) -> str | None:
     path, key = ("/props", "build_info") if engine.kind == "llama.cpp" else ("/version", "version")
     said = None
     with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError, AttributeError):
-        async with http.get(engine.url + path, timeout=aiohttp.ClientTimeout(total=10)) as response:
+        async with http.get(
+            engine.url + path, allow_redirects=False, timeout=aiohttp.ClientTimeout(total=10)
+        ) as response:
             said = (await response.json(content_type=None)).get(key)
     if wheel := engine.packages.get("xllamacpp") if engine.kind == "llama.cpp" else None:
         return f"xllamacpp {wheel}" + (f" ({said})" if said else "")

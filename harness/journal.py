@@ -7,11 +7,13 @@ chunk_tokens int32[n].
 
 from __future__ import annotations
 
+import io
+import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
@@ -59,34 +61,109 @@ class Reading:
     bad_frames: list[int] = field(default_factory=list)
 
 
-def read(data: bytes, reading: Reading) -> Iterator[Record]:
-    """All whole records of a journal, which may be cut at any byte.
+def whole_bytes(file: BinaryIO) -> int:
+    """How many bytes of a journal, perhaps cut, are whole frames."""
+    at = len(MAGIC) if file.read(len(MAGIC)) == MAGIC else 0
+    size = file.seek(0, 2)
+    while at and at + _FRAME.size <= size:
+        file.seek(at)
+        end = at + _FRAME.size + _FRAME.unpack(file.read(_FRAME.size))[0]
+        if end > size:
+            break
+        at = end
+    return at
 
-    A torn end and frames whose checksum fails are noted in `reading` and skipped, never raised; a file that is no
-    journal, or of a newer format, is refused by name.
+
+Begun = dict[
+    tuple[int, int], tuple[int, int]
+]  # (point, trial) -> its last start's place among the events, its first id
+
+
+def begun(events: Sequence[Mapping[str, Any]]) -> Begun:
+    """Where each trial began, the last time it did: a run that was resumed has some twice."""
+    return {(e["point"], e["trial"]): (i, e["first_id"]) for i, e in enumerate(events)
+            if e.get("event") == "trial_start" and "first_id" in e}  # fmt: skip
+
+
+def current(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The events that still hold: a trial that was begun anew loses what it had before."""
+    starts = begun(events)
+    return [e for i, e in enumerate(events) if i >= starts.get((e.get("point", -1), e.get("trial", -1)), (0, 0))[0]]
+
+
+LONGEST = 2**26  # no frame is longer
+PIECE = 4 * 2**20  # bytes read at once
+
+
+def payloads(file: BinaryIO, reading: Reading) -> Iterator[bytes]:
+    """The payloads of all whole frames of a journal, which may be cut at any byte.
+
+    A torn end and frames whose checksum fails are noted in `reading` and skipped, never raised; where a frame's length is
+    damaged too, the next whole frame is looked for.  A file that is no journal, or of a newer format, is refused by name.
     """
+    data, at, index = file.read(PIECE), len(MAGIC), 0
     if not data.startswith(MAGIC):
-        if MAGIC.startswith(data):
-            reading.torn_bytes += len(data)
-            return
-        if data.startswith(b"ridgeline journal "):
-            said = data[:40].split(b"\n")[0].decode("ascii", "replace")
-            raise RidgelineError(f"journal: written by a newer version ({said}); this one reads format 1")
-        raise RidgelineError("journal: not a Ridgeline journal (its first line is not 'ridgeline journal 1')")
-    at, index = len(MAGIC), 0
-    while at < len(data):
-        if at + _FRAME.size > len(data):
-            break
-        length, crc = _FRAME.unpack_from(data, at)
-        payload = data[at + _FRAME.size : at + _FRAME.size + length]
-        if len(payload) < length:
-            break
-        at += _FRAME.size + length
-        index += 1
+        _refuse(data, reading)
+        return
+    while True:
+        length, crc = _FRAME.unpack_from(data, at) if at + _FRAME.size <= len(data) else (0, 0)
+        end = at + _FRAME.size + length
+        if end > len(data):
+            if more := file.read(PIECE):
+                data, at = data[at:] + more, 0
+                if length < LONGEST or len(data) < LONGEST:
+                    continue
+            if (found := _next_frame(data, at + 1)) is None:
+                break
+            index += 1
+            reading.bad_frames.append(index)
+            at = found
+            continue
+        payload = data[at + _FRAME.size : end]
+        at, index = end, index + 1
         if zlib.crc32(payload) != crc:
             reading.bad_frames.append(index)
-        elif payload[:1] == b"R":
+            if end + _FRAME.size <= len(data) and not _is_frame(data, end):
+                at = _next_frame(data, end - len(payload)) or end
+        else:
+            yield payload
+    reading.torn_bytes += len(data) - at
+
+
+def _is_frame(data: bytes, at: int) -> bool:
+    length, crc = _FRAME.unpack_from(data, at)
+    payload = data[at + _FRAME.size : at + _FRAME.size + length]
+    return payload[:1] in (b"R", b"E") and len(payload) == length and zlib.crc32(payload) == crc
+
+
+def _next_frame(data: bytes, at: int) -> int | None:
+    """Where the next whole frame begins: its kind byte is looked for, its length and checksum must hold."""
+    for kind in re.finditer(b"[RE]", data[at + _FRAME.size :]):
+        start = at + kind.start()
+        if data[start + 3] < LONGEST >> 24 and _is_frame(data, start):
+            return start
+    return None
+
+
+def _refuse(data: bytes, reading: Reading) -> None:
+    if MAGIC.startswith(data):
+        reading.torn_bytes += len(data)
+    elif data.startswith(b"ridgeline journal "):
+        said = data[:40].split(b"\n")[0].decode("ascii", "replace")
+        raise RidgelineError(f"journal: written by a newer version ({said}); this one reads format 1")
+    else:
+        raise RidgelineError("journal: not a Ridgeline journal (its first line is not 'ridgeline journal 1')")
+
+
+def read(data: bytes, reading: Reading) -> Iterator[Record]:
+    """All whole records of a journal's bytes; its events and what is wrong with it go to `reading`."""
+    yield from records(io.BytesIO(data), reading)
+
+
+def records(file: BinaryIO, reading: Reading) -> Iterator[Record]:
+    """All whole records of a journal; its events and what is wrong with it go to `reading`."""
+    for payload in payloads(file, reading):
+        if payload[:1] == b"R":
             yield decode_record(payload)
         else:
             reading.events.append(orjson.loads(payload[1:]))
-    reading.torn_bytes += len(data) - at

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import itertools
 import resource
@@ -17,13 +18,15 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from harness import dialects
 from harness.records import NAN, Request, RidgelineError
 from harness.senses import Watch
-from harness.wire import Exchange, Target, Wire, clock, connect
+from harness.wire import QUIET_S, Exchange, Target, Wire, clock, connect
 
 CONNECT_AT_ONCE = 64  # a storm of connections would be refused, and measured
 TICK_S = 0.02  # how often the loop's own lag is looked at
 TIMERS_EVERY = 5  # ticks between looks at the timers of all requests in flight
+GONE_S = 45.0  # a server may restart; one that takes no connection for so long will not come back
 HAND_OVER_S = 0.001  # what has ended is handed to the recorder in small portions, between reads
 HAND_OVER_SHARE = 64  # of the backlog, one part in so many at a time: it is empty within a quarter of a second
 
@@ -87,6 +90,8 @@ class Player:
         self.start_s = 0.0
         self.until_s = float("inf")
         self.stopping = False
+        self.refused_s = NAN  # since when no connection opens
+        self.gone = 0.0  # for how long none did, when that ended the play
         self.refill: Callable[[], bool] = lambda: False
         self.done: asyncio.Future[None] | None = None
         self.tasks: set[asyncio.Task[None]] = set()
@@ -156,7 +161,6 @@ class Player:
         self._serialise(requests, ahead or 1 << 30)
         self.refill = lambda: self._serialise(requests, 64)
         await self.prepare(min(slots or ahead or 64, max(1, len(self.queue))))
-        gc.collect()
         gc.freeze()
         gc.disable()
         try:
@@ -266,13 +270,17 @@ class Player:
             self.opening -= 1
             self.senses.connect_errors += 1
             exchange.end_s = clock()
-            exchange.ending = ("connect_timeout" if isinstance(problem, TimeoutError)
-                               else "tls" if isinstance(problem, ssl.SSLError) else "connect")  # fmt: skip
+            self.refused_s = self.refused_s if self.refused_s == self.refused_s else exchange.end_s
+            if exchange.end_s - self.refused_s > GONE_S and not self.gone:
+                self.gone = exchange.end_s - self.refused_s
+                self.stop()
+            exchange.ending = _refusal(problem)
             exchange.note = str(problem) or f"no connection within {self.timers.connect_s} s"
             self._deliver(exchange)
             asyncio.get_running_loop().call_later(0.1, self.pump)  # not at once: a dead server is not to be hammered
             return
         self.opening -= 1
+        self.refused_s = NAN
         self._go(wire, exchange)
 
     def _ended(self, wire: Wire, exchange: Exchange) -> None:
@@ -324,10 +332,7 @@ class Player:
         for _ in range(len(self.ended) if everything else 1 + len(self.ended) // HAND_OVER_SHARE):
             if not self.ended:
                 return
-            exchange = self.ended.popleft()
-            exchange.body = b"".join(exchange.chunks)
-            exchange.chunks = []
-            self.sink(exchange)
+            self.sink(self.ended.popleft())
         if self.ended:
             asyncio.get_running_loop().call_later(HAND_OVER_S, self._hand_over)
 
@@ -344,13 +349,33 @@ class Player:
                 continue
             for wire, exchange in list(self.busy.items()):
                 age = now - exchange.sent_s
-                last = exchange.stamps_s[-1] if exchange.stamps_s else NAN
+                last = exchange.stamps_s[-1] if exchange.begun else NAN
                 if age > timers.total_s:
                     wire.finish("timeout_total", f"not over after {timers.total_s:g} s")
-                elif not exchange.stamps_s and age > timers.first_token_s:
-                    wire.finish("timeout_ttft", f"nothing came within {timers.first_token_s:g} s")
-                elif now - last > timers.idle_s:
+                elif age > timers.first_token_s and not _has_text(exchange):
+                    wire.finish("timeout_ttft", f"no text came within {timers.first_token_s:g} s")
+                elif now - last > timers.idle_s and _has_text(exchange):
                     wire.finish("timeout_idle", f"silent for {timers.idle_s:g} s")
+                elif now - last > QUIET_S:
+                    wire.look(exchange)
+
+
+def _refusal(problem: OSError) -> str:
+    """The class of a connection that did not open."""
+    if isinstance(problem, TimeoutError):
+        return "connect_timeout"
+    if isinstance(problem, ssl.SSLError):
+        return "tls"
+    return {errno.EADDRNOTAVAIL: "client_ports", errno.EMFILE: "client_files", errno.ENFILE: "client_files"}.get(
+        problem.errno or 0, "connect")  # fmt: skip
+
+
+def _has_text(exchange: Exchange) -> bool:
+    """Whether an answer that is late holds generated text: pings and a role are none.  What has some is asked once."""
+    if not exchange.has_text and exchange.begun:
+        body = exchange.body()[0]
+        exchange.has_text = bool(exchange.coding) or exchange.status != 200 or dialects.has_text(body)
+    return exchange.has_text
 
 
 def _cpu_s() -> float:

@@ -5,7 +5,7 @@ Definitions of the field differ; these are ours (see README, "What the numbers m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from harness import stats
-from harness.records import NAN, Floats, Table
+from harness.records import NAN, Floats, Ints, Table
+from harness.stats import Spread
 
 Mask = npt.NDArray[np.bool_]
 
@@ -60,11 +61,14 @@ def tpot_s(t: Table) -> Floats:
 
 def chunk_gap_s(t: Table) -> Floats:
     """All gaps between successive arrivals, of all requests, flat."""
-    gaps = np.diff(t.chunk_s.astype(np.float64))
+    counts = np.diff(t.start)
+    if len(counts) and counts[0] > 0 and np.all(counts == counts[0]):  # answers of one length, as most runs have
+        return np.asarray(np.diff(t.chunk_s.reshape(len(counts), -1), axis=1).ravel())
+    gaps = np.diff(t.chunk_s)
     inside = np.ones(len(gaps), bool)
     edges = t.start[1:-1] - 1
     inside[edges[(edges >= 0) & (edges < len(gaps))]] = False
-    return gaps[inside]
+    return np.asarray(gaps[inside])
 
 
 def itl_s(t: Table) -> Floats:
@@ -74,9 +78,10 @@ def itl_s(t: Table) -> Floats:
     The weights are whole requests' tokens, so that a request counts by its length.
     """
     gaps = chunk_gap_s(t)
+    if one_token_each(t):
+        return gaps
     chunks = np.diff(t.start)
-    told = np.add.reduceat(np.append(t.chunk_tokens, 0), t.start[:-1])[: len(t)] if len(t) else np.empty(0)
-    told = np.where(chunks > 0, told, 0)
+    told = np.where(chunks > 0, _told(t), 0)
     missing = np.where(
         (chunks > 1) & (t.output_tokens > told) & (told == chunks), t.output_tokens / np.maximum(chunks, 1), 1.0
     )
@@ -86,6 +91,15 @@ def itl_s(t: Table) -> Floats:
         return gaps
     weight = np.maximum(1, np.rint(tokens)).astype(int)
     return np.repeat(gaps / tokens, weight)
+
+
+def one_token_each(t: Table) -> bool:
+    """Whether every arrival held one token, so that gaps per token are the gaps of the network."""
+    return bool(np.all(t.chunk_tokens == 1) and np.all(t.output_tokens <= np.diff(t.start)))
+
+
+def _told(t: Table) -> npt.NDArray[Any]:
+    return np.asarray(np.add.reduceat(np.append(t.chunk_tokens, 0), t.start[:-1])[: len(t)] if len(t) else np.empty(0))
 
 
 def _gap_tokens(t: Table) -> npt.NDArray[Any]:
@@ -108,99 +122,63 @@ METRICS = (
 )  # fmt: skip
 
 
-def distribution(values: Floats, per_trial: list[Floats]) -> dict[str, float | int]:
-    values = values[~np.isnan(values)]
-    low, high = stats.interval([stats.mean(v[~np.isnan(v)]) for v in per_trial])
-    row: dict[str, float | int] = {"mean": stats.mean(values)}
-    row |= {f"p{q}": stats.quantile(values, q / 100) for q in (50, 90, 95, 99)}
-    return row | {"n": len(values), "low": low, "high": high}
+def distribution(values: Spread, per_trial: Sequence[float] = ()) -> dict[str, float | int]:
+    """A row of the summary; `per_trial` are the means of the trials, from which the interval of the mean follows."""
+    low, high = stats.interval(per_trial)
+    row: dict[str, float | int] = {"mean": values.mean}
+    row |= dict(zip(("p50", "p90", "p95", "p99"), values.quantiles(0.5, 0.9, 0.95, 0.99), strict=True))
+    return row | {"n": values.n, "low": low, "high": high}
 
 
-def steady_window(t: Table, mode: str, slots: int) -> list[tuple[float, float]]:
+Windows = list[tuple[float, float]]
+
+
+def steady_window(begun_s: Floats, last_s: Floats, wave: Ints, mode: str, slots: int) -> Windows:
     """Stretches of time (start, end; seconds since the run began) in which throughput is counted, for one trial.
 
-    Wave: each wave from its release to its last token, since that is what the formulas describe.  Closed loop: from
-    when all slots were filled to when the first stays empty.  Open loop: from the first to the last scheduled time.
+    Of its good requests: `begun_s` is when each was sent, or in open loop due; `last_s` its last token, or as sent where
+    none came; `wave` its wave.  Wave: each wave from its release to its last token, since that is what the formulas
+    describe.  Closed loop: from when all slots were filled to when the first stays empty.  Open loop: from the first
+    to the last scheduled time.
     """
-    if not len(t):
+    if not len(begun_s):
         return []
-    last_s = t.sent_s + np.nan_to_num(e2e_s(t), nan=0.0)
     if mode == "wave":
-        waves = np.unique(t.wave)
-        return [(float(t.sent_s[t.wave == w].min()), float(last_s[t.wave == w].max())) for w in waves]
+        order = np.argsort(wave, kind="stable")
+        starts = np.flatnonzero(np.diff(wave[order], prepend=wave[order][0] - 1))
+        first, last = np.minimum.reduceat(begun_s[order], starts), np.maximum.reduceat(last_s[order], starts)
+        return list(zip(first.tolist(), last.tolist(), strict=True))
+    begun = np.sort(begun_s)
+    start, end = float(begun[0]), float(last_s.max())
     if mode == "closed":
-        sent = np.sort(t.sent_s)
-        start = float(sent[min(slots, len(sent)) - 1])
-        late = sent[-1]  # no request is sent after this, so the next ending leaves a slot empty
-        ends = last_s[last_s > late]
-        end = float(ends.min()) if len(ends) else float(last_s.max())
-        return [(start, end)] if end > start else [(float(sent[0]), float(last_s.max()))]
-    due = np.where(np.isnan(t.scheduled_s), t.sent_s, t.scheduled_s)
-    start, end = float(due.min()), float(due.max())
-    return [(start, end)] if end > start else [(start, float(last_s.max()))]
+        full, late = float(begun[min(slots, len(begun)) - 1]), begun[-1]  # nothing is sent after `late`
+        empty = float(np.min(last_s[last_s > late], initial=end))  # so the next ending leaves a slot empty
+        return [(full, empty)] if empty > full else [(start, end)]
+    return [(start, float(begun[-1]))] if begun[-1] > start else [(start, end)]
 
 
-def _inside(times: Floats, windows: list[tuple[float, float]]) -> Mask:
-    mask = np.zeros(len(times), bool)
-    for start, end in windows:
-        mask |= (times >= start) & (times <= end)
-    return mask
+def window_of(times: Floats, windows: Windows) -> Ints:
+    """Which of the windows (ascending, not overlapping) holds each time, -1 for none.  Each is a microsecond wider: a
+    window of a wave ends at its last token, which float32 may round past it."""
+    if not windows:
+        return np.full(len(times), -1)
+    starts, ends = np.array(windows).T
+    at = np.searchsorted(starts - 1e-6, times, side="right") - 1
+    return np.asarray(np.where(times <= ends[np.maximum(at, 0)] + 1e-6, at, -1))
 
 
-def throughput(t: Table, windows: list[tuple[float, float]]) -> dict[str, float]:
-    """Tokens and requests per second inside the windows, counted by token arrival; input tokens at the first token."""
-    length_s = sum(end - start for start, end in windows)
-    if length_s <= 0:
-        return {"output_tokens_per_s": NAN, "total_tokens_per_s": NAN, "requests_per_s": NAN}
-    counts = np.diff(t.start)
-    per_chunk = np.divide(t.output_tokens, counts, out=np.zeros(len(t)), where=(counts > 0) & (t.output_tokens > 0))
-    arrivals = np.repeat(t.sent_s, counts) + t.chunk_s
-    # A window of a wave ends at its last token, rounded as float32: half a microsecond of grace keeps that token in.
-    grace = [(start - 1e-6, end + 1e-6) for start, end in windows]
-    tokens = float(np.repeat(per_chunk, counts)[_inside(arrivals, grace)].sum())
-    begun = _inside(t.sent_s + ttft_s(t), grace)
-    inputs = float(t.input_tokens[begun & (t.input_tokens > 0)].sum())
-    ended = float(_inside(t.sent_s + e2e_s(t), grace).sum())
-    return {
-        "output_tokens_per_s": tokens / length_s,
-        "total_tokens_per_s": (tokens + inputs) / length_s if inputs else NAN,
-        "requests_per_s": ended / length_s,
-    }
-
-
-def _one(values: npt.NDArray[Any]) -> float | int | None:
-    """The value all requests share, else their mean; None when the server told none."""
-    known = values[values >= 0]
-    if not len(known):
-        return None
-    return int(known[0]) if np.all(known == known[0]) else float(known.mean())
-
-
-def point_summary(t: Table, mode: str, slots: int) -> dict[str, Any]:
-    """All figures of one point from its measured records (warm-up left out, failures counted apart)."""
-    t = t.where(~t.warmup)
-    good = t.where(t.ok)
-    trials = [good.where(good.trial == k) for k in np.unique(good.trial)]
-    classes, counts = np.unique(t.error_class[~t.ok].astype(str), return_counts=True)
-    row: dict[str, Any] = {
-        "requests": len(t),
-        "errors": int((~t.ok).sum()),
-        "error_classes": {str(c): int(n) for c, n in zip(classes, counts, strict=True)},
-        "trials": len(np.unique(t.trial)),
-        "input_tokens": _one(good.input_tokens),
-        "output_tokens": _one(good.output_tokens),
-        "token_source": sorted(set(good.token_source.tolist())),
-        "cached_tokens": _one(good.cached_tokens),
-        "arrivals_per_token": _ratio(len(good.chunk_s), good.output_tokens[good.output_tokens > 0].sum()),
-    }
-    for metric in METRICS:
-        row[f"{metric.name}_s"] = distribution(metric.compute(good), [metric.compute(trial) for trial in trials])
-    rates = [throughput(trial, steady_window(trial, mode, slots)) for trial in trials]
-    for name in ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s"):
-        row[name] = stats.mean(np.array([rate[name] for rate in rates]))
-    low, high = stats.interval([rate["output_tokens_per_s"] for rate in rates])
-    return row | {"output_tokens_per_s_low": low, "output_tokens_per_s_high": high}
-
-
-def _ratio(a: float, b: float) -> float:
-    return float(a / b) if b else NAN
+def tokens_inside(t: Table, windows: Windows) -> dict[str, float]:
+    """Output tokens by their arrival, input tokens by the first token, and requests by their last, inside the windows."""
+    first, last = window_of(t.first_token_s, windows), window_of(t.last_token_s, windows)
+    whole = (first >= 0) & (first == last)  # all its arrivals are inside
+    tokens = float(t.output_tokens[whole & (t.output_tokens > 0)].sum())
+    if not whole.all():
+        rest = t.where(~whole)
+        counts = np.diff(rest.start)
+        per_chunk = np.divide(
+            rest.output_tokens, counts, out=np.zeros(len(rest)), where=(counts > 0) & (rest.output_tokens > 0)
+        )
+        arrivals = np.repeat(rest.sent_s, counts) + rest.chunk_s
+        tokens += float(np.repeat(per_chunk, counts)[window_of(arrivals, windows) >= 0].sum())
+    inputs = float(t.input_tokens[(first >= 0) & (t.input_tokens > 0)].sum())
+    return {"output_tokens": tokens, "input_tokens": inputs, "requests": float((last >= 0).sum())}

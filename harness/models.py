@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from harness.records import RidgelineError
 from harness.theory import architecture, catalogue, gguf
@@ -44,6 +45,16 @@ def _file(path: Path) -> Path:
 
 
 def _config(path: Path, name: str) -> architecture.Model:
+    config = _json(path)
+    beside = path.with_name("hf_quant_config.json")  # where NVIDIA's ModelOpt says how it quantized the weights
+    if "quantization_config" not in config and beside.exists():
+        stated = _json(beside).get("quantization")
+        if isinstance(stated, dict):
+            config["quantization_config"] = {"quant_method": "modelopt", **stated}
+    return architecture.from_config(config, name)
+
+
+def _json(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         data = file.read(MAX_CONFIG_BYTES + 1)
     if len(data) > MAX_CONFIG_BYTES:
@@ -54,7 +65,7 @@ def _config(path: Path, name: str) -> architecture.Model:
         raise RidgelineError(f"model configuration {path}: not JSON ({str(error)[:100]})") from error
     if not isinstance(config, dict):
         raise RidgelineError(f"model configuration {path}: expected a JSON object, as Hugging Face's config.json is")
-    return architecture.from_config(config, name)
+    return config
 
 
 def _gguf(path: Path, name: str) -> architecture.Model:

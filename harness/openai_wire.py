@@ -44,6 +44,7 @@ class OpenAIWire(Wire):
     def send(self, exchange: Exchange) -> None:
         assert self.exchange is None
         self.exchange = exchange
+        exchange.http = False
         self.uses += 1
         fields = orjson.loads(exchange.payload.partition(b"\r\n\r\n")[2])
         self.task = asyncio.ensure_future(self._ask(exchange, fields))
@@ -71,7 +72,7 @@ class OpenAIWire(Wire):
                     return "runaway", f"stopped after {exchange.events} events"
         except openai.APIStatusError as problem:
             exchange.status = problem.status_code
-            exchange.chunks.append(problem.response.content)
+            _keep(exchange, clock(), problem.response.content, event=False)
         except openai.APIConnectionError as problem:
             cause = problem.__cause__ or problem
             refused = type(cause).__name__ in ("ConnectError", "ConnectTimeout")
@@ -88,14 +89,12 @@ class OpenAIWire(Wire):
             self.task.cancel()
 
 
-def _keep(exchange: Exchange, now: float, message: bytes) -> None:
+def _keep(exchange: Exchange, now: float, message: bytes, event: bool = True) -> None:
     """Append what the application got as an event, so that the recorder reads it like any stream."""
-    event = b"data: " + message + b"\n\n"
-    exchange.chunks.append(event)
-    exchange.size += len(event)
+    exchange.reads.append(b"data: " + message + b"\n\n" if event else message)
+    exchange.size += len(exchange.reads[-1])
     exchange.events += 1
     exchange.stamps_s.append(now)
-    exchange.ends.append(exchange.size)
 
 
 class OpenAIPlayer(Player):

@@ -23,14 +23,27 @@ from harness.server import read_metrics
 
 PERIOD_S = 0.5
 PATHS = ("/metrics", "/prometheus/metrics")
+PAGE_BYTES = 4_000_000
 TRIES = 5  # readings without a known name, then the server is asked no more
 
 
-def sample(url: str, headers: dict[str, str], timeout_s: float = 5.0) -> dict[str, Any]:
-    """One reading of a metrics page.  Raises OSError or ValueError when there is none."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the headers hold the key."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def sample(url: str, headers: dict[str, str], timeout_s: float = 2.0) -> dict[str, Any]:
+    """One reading of a metrics page.  Raises OSError or ValueError when there is none, or it takes too long."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay())
+    until_s, page = time.monotonic() + timeout_s, b""
     with opener.open(urllib.request.Request(url, headers=headers), timeout=timeout_s) as response:
-        return read_metrics(response.read(4_000_000).decode("utf-8", "replace"))
+        while (data := response.read1(65536)) and len(page) < PAGE_BYTES:
+            page += data
+            if time.monotonic() > until_s:
+                raise TimeoutError
+    return read_metrics(page.decode("utf-8", "replace"))
 
 
 class Server:

@@ -6,6 +6,8 @@ import os
 import sys
 import time
 
+from harness.redaction import clean
+
 QUIET_PERIOD_S = 10.0
 
 
@@ -22,7 +24,7 @@ class Progress:
     def line(self, text: str) -> None:
         """A line that stays."""
         if not self.quiet:
-            self._write(f"{self._clear()}{text}\n")
+            self._write(f"{self._clear()}{clean(text)}\n")
 
     def tick(self, text: str) -> None:
         """Where things stand now; without a terminal every ten seconds at most."""
@@ -30,6 +32,7 @@ class Progress:
         if self.quiet or now_s - self.last_s < (0.2 if self.live else QUIET_PERIOD_S):
             return
         first, self.last_s = self.last_s == 0.0, now_s
+        text = clean(text)
         if self.live:
             columns = os.get_terminal_size(2).columns if sys.stderr.isatty() else 80
             text = text[: columns - 1]

@@ -7,12 +7,14 @@ generator loses none that reached the pipe.
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import struct
 import sys
 import time
 from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +22,7 @@ import orjson
 
 from harness import dialects, journal
 from harness.background import give_way
+from harness.framing import unframe
 from harness.records import NAN, Record, Request
 
 if TYPE_CHECKING:  # this process needs no event loop
@@ -42,14 +45,16 @@ def pack_exchange(exchange: Exchange, point: int, trial: int, t0_s: float, start
     """The frame of one finished exchange, its times as the clock gave them; `t0_s` is when the run began, `start_s`
     when the trial did (scheduled times count from there)."""
     request: Request = exchange.tag
+    ends = array("L", itertools.accumulate(map(len, exchange.reads)))
     due_s = request.scheduled_s
     header = {
         "id": request.id, "point": point, "trial": trial, "wave": request.wave, "warmup": request.warmup, "t0_s": t0_s,
         "scheduled_s": None if due_s is None else start_s + due_s, "sent_s": exchange.sent_s, "end_s": exchange.end_s,
         "connect_s": exchange.connect_s, "tls_s": exchange.tls_s, "status": exchange.status, "ending": exchange.ending, "note": exchange.note,
-        "output_tokens": request.output_tokens, "input_tokens": request.input_tokens, "n": len(exchange.stamps_s),
+        "coding": exchange.coding, "resent": exchange.resent,
+        "output_tokens": request.output_tokens, "input_tokens": request.input_tokens, "n": len(ends), "http": exchange.http,
     }  # fmt: skip
-    return pack(b"X", header, exchange.stamps_s, exchange.ends, exchange.body)
+    return pack(b"X", header, exchange.stamps_s, ends, b"".join(exchange.reads))
 
 
 def _time(header: dict[str, Any], name: str, since_s: float = 0.0) -> float:
@@ -58,12 +63,12 @@ def _time(header: dict[str, Any], name: str, since_s: float = 0.0) -> float:
 
 
 def to_record(
-    header: dict[str, Any], stamps_s: array[float], ends: array[int], body: bytes, secret: str = ""
+    header: dict[str, Any], stamps_s: Sequence[float], ends: Sequence[int], body: bytes, secret: str = ""
 ) -> Record:
     answer = dialects.interpret(body, stamps_s, ends, header["status"], header["ending"], header["output_tokens"],
-                                header["note"])  # fmt: skip
-    if secret:  # servers echo keys in their errors; here is the last place before the disk
-        answer.error = answer.error.replace(secret, "[redacted]")
+                                header["note"], header["coding"], secret)  # fmt: skip
+    if header["resent"]:
+        answer.notes.append("resent")
     t0_s, sent_s = header["t0_s"], _time(header, "sent_s")
     return Record(
         id=header["id"],
@@ -91,6 +96,7 @@ def to_record(
         first_event_s=answer.first_event_s - sent_s,
         last_event_s=answer.last_event_s - sent_s,
         choice_events=answer.choice_events,
+        notes=" ".join(answer.notes),
     )
 
 
@@ -105,7 +111,9 @@ def unpack(frame: memoryview, secret: str = "") -> bytes:
     stamps_s.frombytes(frame[at : at + 8 * n])
     at += 8 * n
     ends.frombytes(frame[at : at + ends.itemsize * n])
-    return journal.encode(to_record(header, stamps_s, ends, bytes(frame[at + ends.itemsize * n :]), secret))
+    read = frame[at + ends.itemsize * n :]
+    body, body_ends = unframe(read, ends) if header["http"] else (bytes(read), ends)
+    return journal.encode(to_record(header, stamps_s, body_ends, body, secret))
 
 
 def main(path: str) -> int:
@@ -152,4 +160,7 @@ def _flush(out: int, ready: bytearray) -> float:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))
+    try:
+        raise SystemExit(main(sys.argv[1]))
+    except OSError as problem:  # a full disk: what was written stands, and its last frame is dropped by the reader
+        raise SystemExit(problem.strerror or str(problem)) from None

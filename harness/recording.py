@@ -13,7 +13,7 @@ from typing import Any
 
 from harness import recorder, store
 
-BACKLOG_BYTES = 64 * 2**20  # more than this between us and the recorder, and sending waits
+BACKLOG_BYTES = 16 * 2**20  # more than this between us and the recorder, and sending waits
 F_SETPIPE_SZ = 1031  # <fcntl.h>, Linux
 
 
@@ -39,12 +39,19 @@ class Recorder:
     def room(self) -> bool:
         return self.pipe.transport.get_write_buffer_size() < BACKLOG_BYTES
 
+    def put(self, frame: bytes) -> None:
+        """Hand a frame over.  After the recorder died, as on a full disk, none is taken: close() tells why."""
+        if not self.pipe.is_closing():
+            with contextlib.suppress(OSError, RuntimeError):
+                self.pipe.write(frame)
+
     def event(self, **values: Any) -> None:
-        self.pipe.write(recorder.pack(b"E", store.clean(values)))
+        self.put(recorder.pack(b"E", store.clean(values)))
 
     async def close(self) -> str:
         """Wait until all is on disk; what it complained of, or ""."""
-        self.pipe.close()
+        with contextlib.suppress(OSError, RuntimeError):
+            self.pipe.close()
         assert self.process.stderr is not None
         said = await self.process.stderr.read()
         await self.process.wait()

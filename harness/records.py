@@ -91,6 +91,7 @@ class Record:
     first_event_s: float = NAN
     last_event_s: float = NAN
     choice_events: int | None = None
+    notes: str = ""  # names of endings.NOTES, with spaces between
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,9 @@ class Table:
     first_event_s: Floats
     last_event_s: Floats
     choice_events: Ints
+    notes: npt.NDArray[Any]
+    first_token_s: Floats  # seconds since the run began, as sent_s: what the chunks tell in one value
+    last_token_s: Floats
     chunk_s: Floats
     chunk_tokens: Ints
     start: Ints
@@ -162,6 +166,8 @@ class Table:
 
     def where(self, mask: npt.NDArray[np.bool_]) -> Table:
         """The rows where `mask` (bool[n]) holds."""
+        if mask.all():
+            return self
         counts = np.diff(self.start)
         flat = np.repeat(mask, counts)
         columns = {name: getattr(self, name)[mask] for name in SCALAR_COLUMNS}
@@ -178,7 +184,10 @@ COUNTS = (
     "asked_output_tokens",
     "choice_events",
 )
-_TEXTS = ("token_source", "finish_reason", "error_class", "error")
+TEXTS = ("token_source", "finish_reason", "error_class", "error", "notes")
+
+
+DERIVED = ("first_token_s", "last_token_s")
 
 
 def table(records: list[Record]) -> Table:
@@ -189,12 +198,46 @@ def table(records: list[Record]) -> Table:
         values = [getattr(row, name) for row in rows]
         if name in COUNTS:
             return np.array([-1 if value is None else value for value in values], np.int64)
-        return np.array(values, object if name in _TEXTS else None)
+        return np.array(values, object if name in TEXTS else bool if name == "warmup" else None)
 
     counts = [len(row.chunk_s) for row in rows]
+    columns = {name: column(name) for name in SCALAR_COLUMNS if name not in DERIVED}
+    chunk_s = np.concatenate([row.chunk_s for row in rows]) if rows else np.empty(0, np.float32)
+    start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    first_s, last_s = first_and_last_s(columns["sent_s"], chunk_s, start)
     return Table(
-        **{name: column(name) for name in SCALAR_COLUMNS},
-        chunk_s=np.concatenate([row.chunk_s for row in rows]) if rows else np.empty(0, np.float32),
+        **columns,
+        first_token_s=first_s,
+        last_token_s=last_s,
+        chunk_s=chunk_s,
         chunk_tokens=np.concatenate([row.chunk_tokens for row in rows]) if rows else np.empty(0, np.int32),
-        start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        start=start,
+    )
+
+
+def first_and_last_s(sent_s: Floats, chunk_s: Floats, start: Ints) -> tuple[Floats, Floats]:
+    """When the first and the last arrival of each request came, in the time of `sent_s`; NaN where none came."""
+    first, last = np.full(len(sent_s), NAN), np.full(len(sent_s), NAN)
+    has = start[1:] > start[:-1]
+    first[has] = sent_s[has] + chunk_s[start[:-1][has]]
+    last[has] = sent_s[has] + chunk_s[start[1:][has] - 1]
+    return first, last
+
+
+def joined(tables: list[Table]) -> Table:
+    """Blocks as one table, in the order of their ids."""
+    if not tables:
+        return table([])
+    columns = {name: np.concatenate([getattr(t, name) for t in tables]) for name in SCALAR_COLUMNS}
+    counts = np.concatenate([np.diff(t.start) for t in tables])
+    start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    flat = {name: np.concatenate([getattr(t, name) for t in tables]) for name in ("chunk_s", "chunk_tokens")}
+    order = np.argsort(columns["id"], kind="stable")
+    if np.array_equal(order, np.arange(len(order))):
+        return Table(**columns, **flat, start=start)
+    at = np.concatenate([np.arange(start[i], start[i + 1]) for i in order]) if len(order) else np.empty(0, np.int64)
+    return Table(
+        **{name: values[order] for name, values in columns.items()},
+        **{name: values[at] for name, values in flat.items()},
+        start=np.concatenate([[0], np.cumsum(counts[order])]).astype(np.int64),
     )

@@ -21,7 +21,20 @@ from typing import Any
 
 import numpy as np
 
-from harness import __version__, client, lengths, machine, metrics, openai_wire, recorder, server, stats, store, tokens
+from harness import (
+    __version__,
+    client,
+    lengths,
+    machine,
+    openai_wire,
+    preflight,
+    recorder,
+    redaction,
+    server,
+    stats,
+    store,
+    tokens,
+)  # fmt: skip
 from harness.client import Client
 from harness.loadgen import Player, Timers
 from harness.plan import Point, asks_of, counts_of, points_of, prompts_needed, trial_requests
@@ -29,10 +42,12 @@ from harness.progress import Progress
 from harness.recording import Recorder
 from harness.records import Request, RidgelineError
 from harness.scenario import Scenario, Workload, dump
-from harness.wire import Exchange, Target, clock, resolve
+from harness.tally import Tally, count
+from harness.wire import Exchange, Target, clock
 from harness.workers import Crew, Job
 
-GRACE_S = 10.0  # after Ctrl-C, requests in flight may end for so long
+GRACE_AT_END_S = 2.0  # the same, when the run's own time is over
+READY_S = 5.0  # a server's metrics page may take so long to be read first
 
 
 @dataclass(slots=True)
@@ -42,6 +57,7 @@ class Outcome:
     folder: Path
     state: str
     code: int
+    at_once: bool = False  # stopped twice: nothing more is to be done
 
 
 MIN_TRIALS = 3  # fewer give no interval
@@ -74,10 +90,9 @@ async def is_settled(session: Session, point: Point, spent_s: float, trial: int)
         ):
             break
         await asyncio.sleep(0.05)
-    row = metrics.point_summary(
-        found.records.where(found.records.point == point.index), workload.mode, point.batch_size or 0
-    )
-    return stats.within(row, workload.precision)
+    tally = Tally(workload.mode, point.batch_size or 0)
+    count({point.index: tally}, found.blocks)
+    return stats.within(tally.row(), workload.precision)
 
 
 @dataclass(slots=True)
@@ -93,29 +108,42 @@ class Session:
     recorder: Recorder | None = None
     probe: subprocess.Popen[bytes] | None = None
     stopped_by: int = 0
+    stopped_why: str = ""
+    at_once: bool = False
+    finished: frozenset[tuple[int, int]] = frozenset()  # (point, trial) that a resumed run has already
+    first_id: int = 0
     now: dict[str, Any] = field(default_factory=lambda: {"done": 0, "errors": 0, "total": None, "label": ""})
 
     def save(self) -> None:
-        store.write_json(self.folder / store.RUN, self.info)
+        store.write_json(self.folder / store.RUN, redaction.scrubbed(self.info))
 
     def stop(self, number: int, task: asyncio.Task[Any]) -> None:
         """First signal: send no more, let what is in flight end within the grace.  Second: at once."""
         if self.stopped_by or self.player is None:
-            self.stopped_by = number
+            self.stopped_by, self.at_once = number, bool(self.stopped_by)
             task.cancel()
             return
         self.stopped_by = number
-        self.progress.line(f"stopping: {len(self.player.busy)} requests in flight may end within {GRACE_S:g} s "
-                           "(once more: at once)")  # fmt: skip
+        self.drain(f"{signal.Signals(number).name} (once more: at once)", self.scenario.limits.grace_s, task)
+
+    def drain(self, why: str, grace_s: float, task: asyncio.Task[Any]) -> None:
+        """Send no more; what is in flight may end within the grace."""
+        if self.stopped_why:
+            return
+        self.stopped_why = why
+        if self.player is None:
+            task.cancel()
+            return
+        self.progress.line(f"stopping: {why}; {len(self.player.busy)} requests in flight may end within {grace_s:g} s")
         self.player.stop()
-        asyncio.get_running_loop().call_later(GRACE_S, task.cancel)
+        asyncio.get_running_loop().call_later(grace_s, task.cancel)
 
     def sink(self, point: Point, trial: int, exchange: Exchange) -> None:
         assert self.recorder is not None
         self.now["done"] += 1
         self.now["errors"] += exchange.ending != "complete" or exchange.status != 200
         assert isinstance(self.player, Player)
-        self.recorder.pipe.write(recorder.pack_exchange(exchange, point.index, trial, self.t0_s, self.player.start_s))
+        self.recorder.put(recorder.pack_exchange(exchange, point.index, trial, self.t0_s, self.player.start_s))
 
     async def show(self) -> None:
         start_s = time.monotonic()
@@ -155,44 +183,85 @@ def provenance(scenario: Scenario, command: list[str]) -> dict[str, Any]:
     }
 
 
-async def play(scenario: Scenario, command: list[str], out: str | None, results: Path, progress: Progress) -> Outcome:
+async def play(scenario: Scenario, command: list[str], out: str | None, results: Path, progress: Progress,
+               resume: Path | None = None) -> Outcome:  # fmt: skip
     """Run a scenario to its end.  Raises RidgelineError before the first request if anything is missing; afterwards
-    every record is on disk whatever happens."""
+    every record is on disk whatever happens.  `resume`: the folder of a run of this scenario that did not end."""
     task = asyncio.current_task()
     assert task is not None
     if scenario.workload.transport == "openai":
         openai_wire.require()
-    folder, lock = store.create(out, scenario.name, results)
+    folder, lock = store.reopen(resume) if resume else store.create(out, scenario.name, results)
     session = Session(scenario, folder, progress, provenance(scenario, command), clock())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, session.stop, number, task)
+    run_s = scenario.limits.run_s
+    timer = loop.call_later(run_s, session.drain, f"the run's {run_s:g} s are over", min(GRACE_AT_END_S, scenario.limits.grace_s),
+                            task) if run_s else None  # fmt: skip
     try:
+        if resume:
+            _continue(session)
+        preflight.here(scenario, folder)
         store.write_text(folder / "scenario.yaml", dump(scenario))
         try:
             async with _server(session) as (target, engine):
                 await _measure(session, target, engine)
         except asyncio.CancelledError:
-            if not session.stopped_by:
+            if not (session.stopped_by or session.stopped_why):
                 raise
-        session.info["state"] = "interrupted" if session.stopped_by else "complete"
+        session.info["state"] = "interrupted" if session.stopped_by or session.stopped_why else "complete"
+        if session.stopped_why:
+            session.info["stopped"] = session.stopped_why
     except RidgelineError as problem:
-        session.info["state"], session.info["error"] = "failed", str(problem)
+        session.info["state"], session.info["error"] = "failed", redaction.clean(str(problem))
         _leave_nothing_empty(session)
         raise
     finally:
+        if timer:
+            timer.cancel()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
         if (folder / store.JOURNAL).exists():
-            session.save()
+            with contextlib.suppress(RidgelineError):  # a full disk: the journal says what there is to say
+                session.save()
         lock.close()
         with contextlib.suppress(OSError):
             (folder / ".lock").unlink()
     if not (folder / store.JOURNAL).exists():
         _leave_nothing_empty(session)
-        raise RidgelineError("interrupted before the first request", 128 + session.stopped_by)
-    store.write_parquet(folder / store.PARQUET, store.load(folder).records)
-    return Outcome(folder, session.info["state"], 128 + session.stopped_by if session.stopped_by else 0)
+        raise RidgelineError(f"stopped before the first request{': ' if session.stopped_why else ''}{session.stopped_why}",
+                             _code(session))  # fmt: skip
+    if not session.at_once:
+        store.derive(folder, lambda n: progress.tick(f"{n:,} requests archived"))
+    return Outcome(folder, session.info["state"], _code(session), session.at_once)
+
+
+def _code(session: Session) -> int:
+    return 128 + session.stopped_by if session.stopped_by else 6 if session.stopped_why else 0
+
+
+def _continue(session: Session) -> None:
+    """Take up a run that did not end: which points are finished, and what numbers and times go on from."""
+    found = store.load(session.folder)
+    if found.state == "complete":
+        raise RidgelineError(f"--resume {session.folder}: this run is complete; nothing is left to do")
+    session.finished = frozenset(
+        (e["point"], e["trial"]) for e in found.events if e.get("event") == "trial_end" and not e.get("stopped")
+    )
+    before_s = 0.0
+    for t in found.blocks(("id", "end_s"), False):
+        session.first_id = max(session.first_id, int(t.id.max()) + 1)
+        before_s = max(before_s, float(np.nanmax(t.end_s, initial=0.0)))
+    session.t0_s = clock() - before_s - 1.0  # times of the records go on from where they ended
+    session.info["resumed"] = [
+        *found.run.get("resumed", []),
+        {"at": session.info["started_at"], "finished": len(session.finished)},
+    ]
+    session.info["started_at"] = found.run.get("started_at", session.info["started_at"])
+    store.cut_torn(session.folder)
+    with contextlib.suppress(FileNotFoundError):  # derived from fewer records than there will be
+        (session.folder / store.PARQUET).unlink()
 
 
 def _leave_nothing_empty(session: Session) -> None:
@@ -211,21 +280,24 @@ async def _server(session: Session) -> AsyncIterator[tuple[Target, Any]]:
     """The server to ask: started here and stopped at the end, or one that is already there."""
     from harness import engines
 
-    key = client.key_from(session.scenario.api_key_env)
+    key = client.key_from(session.scenario.api_key_env, session.scenario.api_key_file)
+    redaction.guard(key)
     spec = session.scenario.engine
     if spec.kind == "url":
         yield client.target_from(spec.url, key), None
         return
     async with engines.launched(
-        engines.from_scenario(session.scenario), session.folder, session.progress.line
+        engines.from_scenario(session.scenario, key), session.folder, session.progress.line
     ) as engine:
         yield client.target_from(engine.url, key), engine
 
 
 async def _measure(session: Session, target: Target, engine: Any) -> None:
     scenario, workload = session.scenario, session.scenario.workload
+    tls = ssl.create_default_context() if target.scheme == "https" else None
+    address = await preflight.address_of(target, tls)
     async with client.session(target) as http:
-        ask = Client(target, http, workload.api)
+        ask = Client(target, http, workload.api, first_s=min(scenario.limits.preflight_s, scenario.limits.total_s))
         await _preflight(session, ask, engine)
         needed = prompts_needed(workload)
         asks, texts = asks_of(workload)
@@ -243,8 +315,6 @@ async def _measure(session: Session, target: Target, engine: Any) -> None:
                                "proven": prompts.proven}  # fmt: skip
     session.info["t0_monotonic_s"] = session.t0_s
     session.save()
-    address = await resolve(target)
-    tls = ssl.create_default_context() if target.scheme == "https" else None
     limits = scenario.limits
     timers = Timers(limits.connect_s, limits.first_token_s, limits.idle_s, limits.total_s)
     session.recorder = await Recorder.start(session.folder / store.JOURNAL, target.key)
@@ -258,7 +328,8 @@ async def _measure(session: Session, target: Target, engine: Any) -> None:
         session.info["senses"] = server.senses(store.load_lines(session.folder / store.SERVER))
         if said := await asyncio.shield(session.recorder.close()):
             raise RidgelineError(f"{session.folder / store.JOURNAL}: the records could not be written: "
-                                 f"{said.splitlines()[-1]}", 2)  # fmt: skip
+                                 f"{said.splitlines()[-1]}; what was written before stands: free some space, then "
+                                 f"`ridgeline report {session.folder}` or `ridgeline run --resume {session.folder}`")  # fmt: skip
 
 
 async def _preflight(session: Session, ask: Client, engine: Any) -> None:
@@ -282,7 +353,7 @@ async def _preflight(session: Session, ask: Client, engine: Any) -> None:
 async def _sweep(session: Session, target: Target, address: tuple[Any, ...], tls: ssl.SSLContext | None, timers: Timers,
                  ask: Client, prompts: tokens.Prompts) -> None:  # fmt: skip
     workload = session.scenario.workload
-    numbers = itertools.count()
+    numbers = itertools.count(session.first_id)
     here: tuple[Point, int] = (points_of(workload)[0], 0)
 
     def encode(request: Request) -> bytes:
@@ -301,23 +372,31 @@ async def _sweep(session: Session, target: Target, address: tuple[Any, ...], tls
         spent_s: dict[int, float] = {}
         settled: dict[int, bool] = {}
         for trial, point in schedule(workload, lambda point: settled.get(point.index, workload.precision is None)):
-            if session.stopped_by or watch.done():
+            if session.stopped_by or session.stopped_why or watch.done():
                 break
+            if (point.index, trial) in session.finished:
+                settled[point.index] = True
+                continue
             here = (point, trial)
             if isinstance(player, Crew):
                 player.point, player.trial = point.index, trial
             warm, measured = counts_of(workload, point)
             label = point.label + (f", trial {trial + 1}" if workload.trials > 1 or workload.precision else "")
             session.now.update(done=0, errors=0, total=warm + measured if measured else None, label=label)
-            requests = trial_requests(workload, point, trial, prompts, numbers)
             slots = point.batch_size or workload.max_in_flight
             ahead = 0 if measured and measured <= 4096 else max(256, 2 * slots)
-            session.recorder.event(event="trial_start", point=point.index, trial=trial, at_s=clock())
+            first_id = next(numbers)  # records of this trial with earlier ids, from before a resumption, are not of it
+            numbers = itertools.count(first_id)
+            session.recorder.event(event="trial_start", point=point.index, trial=trial, at_s=clock(), first_id=first_id,
+                                   planned=measured)  # fmt: skip
+            requests = trial_requests(workload, point, trial, prompts, numbers)
             before = _machine_times()
             senses = await player.play(requests, slots, barrier=workload.mode == "wave", ahead=ahead,
                                        until_s=workload.duration_s or float("inf"))  # fmt: skip
+            if player.gone:
+                session.stopped_why = f"the server is gone: no connection could be opened for {player.gone:.0f} s"
             session.recorder.event(event="trial_end", point=point.index, trial=trial,
-                                   senses=senses.as_dict() | _machine_shares(before))  # fmt: skip
+                                   stopped=bool(session.stopped_by or session.stopped_why), senses=senses.as_dict() | _machine_shares(before))  # fmt: skip
             await _sense(session.probe)
             spent_s[point.index] = spent_s.get(point.index, 0.0) + senses.ended_s - senses.started_s
             settled[point.index] = (workload.precision is None or trial + 1 >= MIN_TRIALS) and await is_settled(
@@ -386,7 +465,8 @@ async def _start_probe(folder: Path, target: Target, same_machine: bool | None) 
         [sys.executable, "-m", "harness.probe", target.url, str(folder / store.SERVER), *here], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"RIDGELINE_KEY": target.key})  # fmt: skip
     assert process.stdout is not None
-    await asyncio.to_thread(process.stdout.readline)  # until its first sample is written: starting up costs the core
+    with contextlib.suppress(TimeoutError):  # until its first sample is written: starting up costs the core
+        await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), READY_S)
     return process
 
 

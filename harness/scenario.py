@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -11,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from harness import units
 from harness.arrivals import ARRIVALS
+from harness.endings import is_secret
 from harness.records import RidgelineError
 
 MAX_BYTES = 1_000_000
@@ -60,7 +62,7 @@ class Engine(Part):
     args: list[str] = []
     """Further arguments of the server, as a list."""
     env: dict[str, str] = {}
-    """Environment variables of the server."""
+    """Environment variables of the server, none that hold a secret: it inherits those of this shell."""
     slots: Annotated[int, Field(ge=1, le=4096)] = 8
     """Sequences that the engine runs at once (llama.cpp)."""
     context_tokens: Annotated[int, Field(ge=16)] | None = None
@@ -71,6 +73,21 @@ class Engine(Part):
     """Port to serve on; 0 picks a free one."""
     ready_timeout_s: Seconds = 900.0
     """How long the engine may take until one real completion came back."""
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Engine:
+        """What stands here goes into the run folder and the process list."""
+        for name in self.env:
+            if is_secret(name):
+                raise ValueError(
+                    f"env.{name}: sounds like a secret; export it in the shell instead, the server inherits it"
+                )
+        for word in self.args:
+            name = word.partition("=")[0]
+            if name.startswith("--") and is_secret(name.removeprefix("--")):
+                raise ValueError(f"args: {name} is a secret in the process list; the server gets the key of --api-key-env or "
+                                 "--api-key-file by its environment")  # fmt: skip
+        return self
 
 
 class Spread(Part):
@@ -269,11 +286,17 @@ class Limits(Part):
     connect_s: Seconds = 10.0
     """For a connection to open."""
     first_token_s: Seconds = 300.0
-    """For the first byte of an answer."""
+    """For the first generated text of an answer."""
     idle_s: Seconds = 60.0
-    """Between two reads."""
+    """Between two reads, once there was text."""
     total_s: Seconds = 900.0
     """For one request."""
+    run_s: Seconds | None = None
+    """For the whole run, engine and preflight included: then it is stopped, and what was measured is kept."""
+    grace_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False), _written("time")] = 5.0
+    """For requests in flight when the run is stopped."""
+    preflight_s: Seconds = 30.0
+    """For the first answer of all; a server that loads its model on demand may need more."""
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of failed requests above which the command ends with exit code 6."""
 
@@ -291,7 +314,9 @@ class Scenario(Part):
     tokenizer: str | None = None
     """A tokenizer.json or its folder; default: the model's folder, then the server's /tokenize, then its usage."""
     api_key_env: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; the key itself never stands in a file."""
+    """The environment variable that holds the key; the key itself never stands here."""
+    api_key_file: str | None = None
+    """A file that holds the key and nothing else, instead of a variable."""
     workload: Workload = Workload()
     client: ClientPart = ClientPart()
     theory: Theory = Theory()
@@ -303,23 +328,54 @@ class Scenario(Part):
 def load(text: str, where: str = "scenario") -> Scenario:
     """Parse and validate.  Raises RidgelineError (code 2): `where:line: key: what is wrong, what is allowed`."""
     if len(text) > MAX_BYTES:
-        raise RidgelineError(f"{where}: {len(text):,} characters; a scenario has at most {MAX_BYTES:,}")
+        raise RidgelineError(f"{where}:1: (top): {len(text):,} characters; a scenario has at most {MAX_BYTES:,}")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
-            raise RidgelineError(f"{where}:1: the file is empty; `ridgeline config init` writes one to start from")
+            raise RidgelineError(
+                f"{where}:1: (top): the file is empty; `ridgeline config init` writes one to start from"
+            )
         lines = _lines(node, where)
         values = yaml.safe_load(text)
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None) or getattr(problem, "context_mark", None)
         line = mark.line + 1 if mark else 1
         said = getattr(problem, "problem", None) or str(problem).split("\n")[0]
-        raise RidgelineError(f"{where}:{line}: not valid YAML: {said}") from None
-    except (ValueError, RecursionError) as problem:  # an impossible date, a nesting without end
-        raise RidgelineError(f"{where}:1: not valid YAML: {str(problem)[:200]}") from None
+        raise RidgelineError(f"{where}:{line}: {_key_near(text, line)}: not valid YAML: {said}") from None
+    except RecursionError:
+        raise RidgelineError(f"{where}:1: (top): not valid YAML: nested too deeply") from None
+    except (ValueError, OverflowError) as problem:  # an impossible date, a number of a thousand digits
+        line, key = _unreadable(node)
+        raise RidgelineError(f"{where}:{line}: {key}: cannot be read: {str(problem)[:200]}") from None
     if not isinstance(values, dict):
-        raise RidgelineError(f"{where}:1: expected keys and values at the top, got {type(values).__name__}")
+        raise RidgelineError(f"{where}:1: (top): expected keys and values at the top, got {type(values).__name__}")
     return validate(values, where, lines)
+
+
+_KEY = re.compile(r"^[\s?{,-]*([^\s:#{\[,'\"][^:#{\[,'\"]*?)\s*:(?=\s|$)")
+
+
+def _key_near(text: str, line: int) -> str:
+    """The last key that stands at this line (from 1) or above it."""
+    for above in reversed(text.split("\n")[:line]):
+        if found := _KEY.match(above):
+            return found[1][:80]
+    return "(top)"
+
+
+def _unreadable(node: Any, path: tuple[Any, ...] = ()) -> tuple[int, str]:
+    """(line, key) of the first value that YAML's own types cannot hold."""
+    pairs = [((*path, getattr(key, "value", "?")), value) for key, value in node.value] if isinstance(
+        node, yaml.MappingNode) else [((*path, i), value) for i, value in enumerate(node.value)] if isinstance(
+        node, yaml.SequenceNode) else []  # fmt: skip
+    for at, value in pairs:
+        try:
+            yaml.SafeLoader("").construct_object(value, deep=True)
+        except (ValueError, OverflowError):
+            return _unreadable(value, at)
+        except yaml.YAMLError:
+            continue
+    return node.start_mark.line + 1, _dotted(path)
 
 
 def validate(values: dict[str, Any], where: str, lines: dict[tuple[Any, ...], int] | None = None) -> Scenario:
@@ -341,7 +397,7 @@ def _lines(
     """The line of each key.  A key that stands twice is an error: YAML would silently take the last."""
     seen = set() if seen is None else seen
     if len(path) > 50:
-        raise RidgelineError(f"{where}:{node.start_mark.line + 1}: nested too deeply")
+        raise RidgelineError(f"{where}:{node.start_mark.line + 1}: {_dotted(path)[:80]}: nested too deeply")
     if id(node) in seen:  # a few lines of aliases can stand for gigabytes
         raise RidgelineError(f"{where}:{node.start_mark.line + 1}: {_dotted(path)}: aliases (*name) are not allowed")
     seen.add(id(node))

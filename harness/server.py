@@ -8,11 +8,8 @@ tensorrt_llm/metrics/collector.py (served at /prometheus/metrics, once return_pe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import nan as NAN
 from typing import Any
-
-import numpy as np
-
-from harness.records import NAN
 
 # ours -> theirs.  TGI tells no TTFT, and its mean time per token holds the prefill: neither is a figure of ours.
 # TensorRT-LLM's time per output token counts each request once, so its mean is ours where answers are equally long.
@@ -142,7 +139,7 @@ def _gpu_figures(samples: Sequence[Mapping[str, Any]], seen: Sequence[Mapping[st
         "gpu_power_w": power_w,
         "gpu_energy_j": energy_j,
         "joules_per_output_token": energy_j / output_tokens if energy_j is not None and output_tokens > 0 else None,
-        "gpu_use_mean": float(np.mean(use)) if (use := [g["use"] for g in gpus if g.get("use") is not None]) else None,
+        "gpu_use_mean": sum(use) / len(use) if (use := [g["use"] for g in gpus if g.get("use") is not None]) else None,
         "gpu_memory_max": max((g["memory_bytes"] for g in gpus if g.get("memory_bytes")), default=None),
         "gpu_temperature_max_c": max((g["temperature_c"] for g in gpus if g.get("temperature_c")), default=None),
         "gpu_sm_hz": [min(clocks), max(clocks)] if clocks else None,
@@ -161,7 +158,8 @@ def _energy(samples: Sequence[Mapping[str, Any]], seen: Sequence[Mapping[str, An
     watts = [sum(g["power_w"] for g in s["gpu"].values() if g.get("power_w")) for s in seen if s.get("gpu")]
     if not any(watts):
         return None, None
-    return float(np.mean(watts)) * lasted_s, float(np.mean(watts))
+    power_w = float(sum(watts) / len(watts))
+    return power_w * lasted_s, power_w
 
 
 def _mean(samples: Sequence[Mapping[str, Any]], spans: Spans, name: str) -> float | None:

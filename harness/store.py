@@ -9,42 +9,56 @@ summary.json and report.html (derived, rebuilt at any time).
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import math
 import os
 import re
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import orjson
 
-from harness import journal
-from harness.records import COUNTS, SCALAR_COLUMNS, Record, RidgelineError, Table, table
+from harness import archive, journal
+from harness.records import SCALAR_COLUMNS, RidgelineError, Table, joined, table
 
 FORMAT = 1
-# Columns that files of the first weeks lack: they read as missing.
-LATER = ("asked_input_tokens", "asked_output_tokens", "tls_s", "first_event_s", "last_event_s", "choice_events")
 JOURNAL, PARQUET, RUN, SUMMARY, SERVER = "journal.bin", "requests.parquet", "run.json", "summary.json", "server.jsonl"
 
 
-@dataclass(slots=True)
+@dataclass
 class Run:
-    """All that is on disk of a run."""
+    """All that is on disk of a run.  Its requests are read in blocks, from requests.parquet or else from the journals."""
 
     folder: Path
     run: dict[str, Any]
-    records: Table
     events: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    archived: bool = False
+    begun: journal.Begun = field(default_factory=dict)
 
     @property
     def state(self) -> str:
         said = self.run.get("state")
         return said if said in ("complete", "interrupted") else "incomplete"
+
+    def blocks(self, only: tuple[str, ...] | None = None, chunks: bool = True) -> Iterator[Table]:
+        """The requests, some thousand at a time; columns that are not among `only` (None: all) may be missing."""
+        if self.archived:
+            return archive.blocks(self.folder / PARQUET, only or SCALAR_COLUMNS, chunks)
+        return _journalled(self.folder, journal.Reading(), self.begun)
+
+    @cached_property
+    def records(self) -> Table:
+        """All requests at once, in the order of their ids."""
+        return joined(list(self.blocks()))
 
 
 def clean(value: Any) -> Any:
@@ -97,58 +111,140 @@ def create(out: str | None, name: str, results: Path) -> tuple[Path, IO[str]]:
             folder = results / f"{safe}-{stamp}-{i}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115  held as long as the run
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-    except BlockingIOError:
-        raise RidgelineError(f"{folder}: another run is writing here; name another folder by --out") from None
+        return folder, _locked(folder)
     except OSError as problem:
         raise RidgelineError(
             f"{folder}: no run folder can be made here: {problem.strerror}; name another by --out"
         ) from None
-    return folder, lock
 
 
-def load(folder: Path) -> Run:
-    """Read a run folder in whatever state it was left.  Raises RidgelineError if it is none."""
-    path = folder / RUN
+def reopen(folder: Path) -> tuple[Path, IO[str]]:
+    """The locked folder of a run that did not end.  Raises RidgelineError if it is none, or still goes on."""
+    if not (folder / RUN).exists() or not (folder / JOURNAL).exists():
+        raise RidgelineError(f"--resume {folder}: no run that could go on ({RUN} or {JOURNAL} is missing)")
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        return folder, _locked(folder)
+    except OSError as problem:
+        raise RidgelineError(f"--resume {folder}: cannot be written: {problem.strerror}") from None
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The folder's lock, held as long as the run; the system frees it with the process, however that ends."""
+    lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read(20).strip() or "unknown"
+        lock.close()
+        raise RidgelineError(
+            f"{folder}: another run is writing here (process {holder}); name another folder by --out"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def cut_torn(folder: Path) -> None:
+    """Drop a half-written last frame of each journal, so that what is appended can be read."""
+    for path in journals(folder):
+        with path.open("rb") as file:
+            whole = journal.whole_bytes(file)
+        if whole < path.stat().st_size:
+            os.truncate(path, whole)
+
+
+def journals(folder: Path) -> list[Path]:
+    """All journals of a run: one, or one for each worker beside it."""
+    return sorted(folder.glob(f"{Path(JOURNAL).stem}*{Path(JOURNAL).suffix}"))
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a run folder.  Raises RidgelineError naming it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RidgelineError(
-            f"{folder}: no run here ({RUN} is missing); give the folder that `ridgeline run` named"
+            f"{path.parent}: no run here ({path.name} is missing); give the folder that `ridgeline run` named"
         ) from None
-    except (OSError, ValueError) as problem:
-        raise RidgelineError(f"{path}: cannot be read: {problem}") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise RidgelineError(f"{path}: cannot be read: {str(problem)[:200]}") from None
+
+
+def load(folder: Path, columns: bool = True) -> Run:
+    """Read a run folder in whatever state it was left, by its columns if they are there, else by its journal.  Raises
+    RidgelineError if it is none."""
+    path = folder / RUN
+    run = read_json(path)
     if not isinstance(run, dict) or "schema" not in run:
         raise RidgelineError(f"{path}: not written by Ridgeline (no schema number)")
     if run["schema"] != FORMAT:
         raise RidgelineError(f"{path}: format {run['schema']}, written by ridgeline {run.get('ridgeline')}; this one reads "
                              f"format {FORMAT}: use that version")  # fmt: skip
-    found = Run(folder, run, table([]))
-    _load_journal(found)
-    if (folder / PARQUET).exists():
-        try:
-            found.records = read_parquet(folder / PARQUET)
-        except (OSError, ValueError, KeyError) as problem:
-            found.notes.append(f"{PARQUET} cannot be read ({problem}); the journal was used")
+    found = Run(folder, run)
+    told = _archived(found) if columns else None
+    if told is None:
+        _scan(found, journal.Reading())
+    else:
+        found.archived, found.events = True, told["events"]
+        found.notes += told["notes"]
     found.samples = load_lines(folder / SERVER)
     return found
 
 
-def _load_journal(run: Run) -> None:
-    """All journals of a run: one, or one for each worker beside it."""
-    reading = journal.Reading()
-    found: list[Record] = []
-    for path in sorted(run.folder.glob(f"{Path(JOURNAL).stem}*{Path(JOURNAL).suffix}")):
-        found += journal.read(path.read_bytes(), reading)
-    run.records = table(found)
-    run.events = reading.events
+def _archived(run: Run) -> dict[str, Any] | None:
+    """What requests.parquet tells besides the requests; None if it is to be left aside: absent, broken, or out of date."""
+    path, sizes = run.folder / PARQUET, _sizes(run.folder)
+    if not path.exists():
+        return None
+    try:
+        told = archive.told(path)
+    except (OSError, ValueError) as problem:
+        run.notes.append(f"{PARQUET} cannot be read ({problem}); the journal was used")
+        return None
+    return told if not sizes or told["journals"] == sizes else None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in journals(folder)}
+
+
+def _journalled(folder: Path, reading: journal.Reading, begun: journal.Begun) -> Iterator[Table]:
+    for path in journals(folder):
+        with path.open("rb") as file:
+            found = journal.records(file, reading)
+            while block := list(itertools.islice(found, archive.BLOCK)):
+                first = [begun.get((record.point, record.trial), (0, 0))[1] for record in block]
+                yield table([record for record, least in zip(block, first, strict=True) if record.id >= least])
+
+
+def _scan(run: Run, reading: journal.Reading) -> None:
+    """What the journals tell besides their records."""
+    events: list[dict[str, Any]] = []
+    for path in journals(run.folder):
+        with path.open("rb") as file:
+            events += [orjson.loads(p[1:]) for p in journal.payloads(file, reading) if p[:1] == b"E"]
+    run.begun, run.events = journal.begun(events), [dict(e) for e in journal.current(events)]
     if reading.torn_bytes:
         run.notes.append(f"the journal ends inside a record: its last {reading.torn_bytes} bytes were dropped")
     if reading.bad_frames:
         run.notes.append(f"journal records {reading.bad_frames[:10]} fail their checksum and were left out")
+
+
+def derive(folder: Path, done: Callable[[int], object] = lambda n: None) -> None:
+    """Make requests.parquet from the journals; `done` is told the number of requests so far.  Raises OSError."""
+    run, sizes, n = Run(folder, {}), _sizes(folder), 0
+    _scan(run, journal.Reading())
+
+    def blocks() -> Iterator[Table]:
+        nonlocal n
+        for block in run.blocks():
+            yield block
+            n += len(block)
+            done(n)
+
+    archive.write(folder / PARQUET, blocks(), {"journals": sizes, "events": run.events, "notes": run.notes})
 
 
 def load_lines(path: Path) -> list[dict[str, Any]]:
@@ -161,55 +257,3 @@ def load_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue  # the last line of a killed run
     return found
-
-
-def write_parquet(path: Path, records: Table) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns: dict[str, Any] = {}
-    for name in SCALAR_COLUMNS:
-        values = getattr(records, name)
-        if name in COUNTS:
-            columns[name] = pa.array(values, pa.int64(), mask=values < 0)
-        elif values.dtype == object:
-            columns[name] = pa.array(values.tolist(), pa.string())
-        elif values.dtype.kind == "f":
-            columns[name] = pa.array(values, pa.float64(), mask=np.isnan(values))
-        else:
-            columns[name] = pa.array(values)
-    start = pa.array(records.start.astype(np.int32), pa.int32())
-    first = np.full(len(records), np.nan)
-    has = records.start[1:] > records.start[:-1]
-    first[has] = records.sent_s[has] + records.chunk_s[records.start[:-1][has]]
-    columns["first_token_s"] = pa.array(first, pa.float64(), mask=np.isnan(first))
-    columns["chunk_s"] = pa.ListArray.from_arrays(start, pa.array(records.chunk_s.astype(np.float32), pa.float32()))
-    columns["chunk_tokens"] = pa.ListArray.from_arrays(
-        start, pa.array(records.chunk_tokens.astype(np.int32), pa.int32())
-    )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.table(columns).replace_schema_metadata({"ridgeline": str(FORMAT)}), temporary, compression="zstd")
-    os.replace(temporary, path)
-
-
-def read_parquet(path: Path) -> Table:
-    import pyarrow.parquet as pq
-
-    found = pq.read_table(path).combine_chunks()
-    columns: dict[str, Any] = {}
-    for name in SCALAR_COLUMNS:
-        if name in LATER and name not in found.column_names:
-            columns[name] = np.full(len(found), -1 if name in COUNTS else np.nan)
-            continue
-        column = found[name]
-        if name in COUNTS:
-            columns[name] = column.fill_null(-1).to_numpy()
-        elif name in ("token_source", "finish_reason", "error_class", "error"):
-            columns[name] = np.array(column.to_pylist(), object)
-        else:
-            columns[name] = column.to_numpy()
-    lists, tokens = found["chunk_s"].combine_chunks(), found["chunk_tokens"].combine_chunks()
-    if not len(found):
-        return table([])
-    return Table(**columns, chunk_s=lists.flatten().to_numpy(zero_copy_only=False), start=lists.offsets.to_numpy().astype(np.int64),
-                 chunk_tokens=tokens.flatten().to_numpy(zero_copy_only=False))  # fmt: skip

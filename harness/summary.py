@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from harness import checks, metrics, server, units
+from harness import checks, server, units
 from harness.lengths import typical
-from harness.records import NAN, Finding, RidgelineError, Table
+from harness.records import NAN, Finding, RidgelineError
+from harness.tally import Blocks, Tally, count
 from harness.theory import seeds
 from harness.theory.calibration import from_dict
 from harness.theory.hardware import Hardware
@@ -21,7 +22,7 @@ LENGTHS = ("input_tokens", "output_tokens")
 COMPARED = ("ttft_s", "itl_s", "e2e_s", "output_tokens_per_s")
 
 
-def build(run: Mapping[str, Any], state: str, records: Table, events: Sequence[Mapping[str, Any]],
+def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[Mapping[str, Any]],
           samples: Sequence[Mapping[str, Any]], notes: Sequence[str], model: Model | None,
           hardware: Hardware | None) -> dict[str, Any]:  # fmt: skip
     """The summary (format: see store).  Points without a measured request are left out."""
@@ -34,21 +35,24 @@ def build(run: Mapping[str, Any], state: str, records: Table, events: Sequence[M
         asked_in = None
     repeats = workload["same_prompt"] or any(workload.get(key) for key in ("shared_prefix", "prompts", "trace"))
     repeats = bool(repeats or workload.get("turns", 1) > 1)
+    tallies = {
+        index: Tally(workload["mode"], plan["batch_size"] or 0, asked_in, asked_out)
+        for index, plan in enumerate(run["points"])
+    }
+    count(tallies, blocks)
     points = []
     for index, plan in enumerate(run["points"]):
-        of_point = records.where((records.point == index) & ~records.warmup)
-        if not len(of_point):
+        tally = tallies[index]
+        if not tally.requests:
             continue
-        slots = plan["batch_size"] or 0
-        row = {"point": index} | plan | metrics.point_summary(of_point, workload["mode"], slots)
+        row = {"point": index} | plan | tally.row()
         felt = [e["senses"] for e in events if e.get("event") == "trial_end" and e["point"] == index]
         spans = [(sense["started_s"], sense["ended_s"]) for sense in felt]
         seen = [s for s in samples if any(start <= s["at_s"] <= end for start, end in spans)]
         row["batch_ran"] = _batch_ran(seen)
-        row |= _beside(records.where(records.point == index), samples, spans)
+        row |= _beside(tally, samples, spans)
         row["predicted"] = _predicted(row, workload, asked, model, hardware)
-        evidence = checks.Evidence(row, of_point, asked_in, asked_out, workload["mode"], felt,
-                                   seen, row["predicted"], repeats, workload["api"])  # fmt: skip
+        evidence = checks.Evidence(row, tally, workload["mode"], felt, seen, row["predicted"], repeats, workload["api"])
         findings = checks.run_checks(evidence)
         row["verdict"] = checks.verdict(findings)
         row["findings"] = [dataclasses.asdict(f) for f in findings]
@@ -74,13 +78,11 @@ def build(run: Mapping[str, Any], state: str, records: Table, events: Sequence[M
     return summary | {"verdict_sentence": sentence(summary)}
 
 
-def _beside(t: Table, samples: Sequence[Mapping[str, Any]], spans: server.Spans) -> dict[str, Any]:
+def _beside(tally: Tally, samples: Sequence[Mapping[str, Any]], spans: server.Spans) -> dict[str, Any]:
     """What was sensed beside a point.  The server counts the warm-up too, so here the client's means have it as well."""
-    good = t.where(t.ok)
-    figures = server.point_figures(samples, spans, float(good.output_tokens[good.output_tokens > 0].sum()))
-    for name, values in (("ttft", metrics.ttft_s(good)), ("itl", metrics.itl_s(good))):
-        known = values[~np.isnan(values)]
-        figures[f"client_{name}_s"] = float(known.mean()) if len(known) and figures[f"server_{name}_s"] else None
+    figures = server.point_figures(samples, spans, tally.tokens_with_warmup)
+    for name in ("ttft", "itl"):
+        figures[f"client_{name}_s"] = tally.mean_with_warmup(name) if figures[f"server_{name}_s"] else None
     figures["cache_share"] = server.cached_share(samples, spans)
     return figures
 

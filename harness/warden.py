@@ -5,7 +5,8 @@
 The harness holds the other end of our stdin and never writes: end of file means that it is done, or dead.  Then the
 engine's process group gets SIGTERM, and GRACE_S later SIGKILL.  We are the sub-reaper (Linux) of all that the engine
 starts, so what it leaves behind becomes our child and is killed too, whatever session it moved to.  The engine's pid
-is the one line on stdout; its own output goes where our stderr goes.  The exit code is the engine's (128 + signal).
+is the one line on stdout; its own output goes where our stderr goes, without the texts that RIDGELINE_SECRETS holds,
+one a line: an engine prints its arguments.  The exit code is the engine's (128 + signal).
 Runs by file path in any interpreter: standard library only, nothing of ours.
 """
 
@@ -18,12 +19,15 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.2
+SECRETS = "RIDGELINE_SECRETS"
+LINE_BYTES = 65536  # a longer line is passed on in pieces, with enough held back that no secret is cut in two
 OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a terminal's Ctrl-C must not take the warden before its ward
 
 
@@ -38,6 +42,31 @@ def prepare_engine() -> None:
     for number in OURS:
         signal.signal(number, signal.SIG_DFL)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def pass_on(source: int, secrets: list[bytes]) -> None:
+    """Copy the engine's output to our stderr, line by line, without secrets."""
+    longest = max(map(len, secrets))
+    pending = b""
+    while data := os.read(source, LINE_BYTES):
+        pending = blotted(pending + data, secrets)
+        end = pending.rfind(b"\n") + 1 or (len(pending) - longest if len(pending) > LINE_BYTES else 0)
+        write(pending[:end])
+        pending = pending[end:]
+    write(pending)
+
+
+def blotted(data: bytes, secrets: list[bytes]) -> bytes:
+    for secret in secrets:
+        data = data.replace(secret, b"[redacted]")
+    return data
+
+
+def write(data: bytes) -> None:
+    """All of it; a full disk costs the log, never the engine."""
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(2, data) :]
 
 
 def harness_is_gone(parent: int) -> bool:
@@ -105,20 +134,26 @@ def main(arguments: list[str]) -> int:
     for number in OURS:
         signal.signal(number, signal.SIG_IGN)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+    secrets = [secret for secret in os.environ.pop(SECRETS, "").encode().split(b"\n") if secret]
     try:
-        engine = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=2, process_group=0, preexec_fn=prepare_engine
-        )
+        engine = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if secrets else 2,
+                                  stderr=subprocess.STDOUT, process_group=0, preexec_fn=prepare_engine)  # fmt: skip
     except OSError as error:
         print(f"error {error.strerror}", flush=True)
         return 127
     print(engine.pid, flush=True)
+    copier = None
+    if secrets and engine.stdout:
+        copier = threading.Thread(target=pass_on, args=(engine.stdout.fileno(), secrets), daemon=True)
+        copier.start()
     while engine.poll() is None and not harness_is_gone(parent):
         pass
     ended_with = engine.poll()
     # What an engine leaves behind, or a dead harness, needs no long goodbye.
     stop(engine, min(grace_s, 2.0) if ended_with is not None or os.getppid() != parent else grace_s)
     code = engine.wait() if ended_with is None else ended_with
+    if copier:
+        copier.join(2.0)
     return 128 - code if code < 0 else code
 
 

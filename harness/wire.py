@@ -1,13 +1,16 @@
 """The measured hot path: one connection, one request in flight, a timestamp for each socket read, parsing after the fact.
 
-Between reads only byte work is done: HTTP framing in C (httptools), append, count event ends, compare the tail with
-[DONE], bound the length.  What the bytes mean is found out by the recorder, in another process.
+Between reads only byte work is done: append, compare the tail with the last chunk of a message, bound the length.  The
+HTTP parser (httptools) sees the head, and then the rest at once when the message may be over.  What the bytes mean is
+found out by the recorder, in another process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import re
 import socket
 import ssl
 import time
@@ -19,15 +22,19 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from harness.endings import ERROR_BYTES, EVENT_BYTES, HEAD_BYTES, KEPT_BYTES, most_bytes, most_events
+from harness.framing import unframe
 from harness.records import NAN, RidgelineError
 
 clock = time.perf_counter  # CLOCK_MONOTONIC on Linux: shared by all processes of one machine
 
-EVENT_BYTES = 16 * 2**20  # one event longer than this is not an answer
-RUNAWAY_EVENTS = 4  # events per token asked
-ERROR_BYTES = 64 * 1024  # this much of an error's body is kept
+EVENT_LEAST_BYTES = 8  # no event is shorter: so many bytes at least lie between looks at how many events came
+LAST_CHUNK = b"0\r\n\r\n"  # how a chunked message without trailers ends (RFC 9112, 7.1); text may look like it
 MARKERS = (b"data: [DONE]", b"data:[DONE]")  # how a stream ends
-LINGER_S = 0.05  # after [DONE] the end of the HTTP message is awaited so long, then the connection is dropped
+BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
+FRAMING = 8  # a chunk of one byte costs six bytes more
+_SEAM = re.compile(rb"\r\n[0-9a-fA-F]+\r\n")  # between two chunks
+QUIET_S = 0.05  # after a read, the end of the message is awaited so long before what came is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +95,29 @@ def parse_url(url: str, key: str = "") -> Target:
 
 
 class Exchange:
-    """One request and all that came back, as bytes with stamps."""
+    """One request and all that came back, as bytes with stamps.
+
+    `reads` are as the socket gave them, head and framing included (`http`), or bodies that a library unframed.
+    """
 
     __slots__ = (
-        "body",
-        "chunks",
+        "coding",
         "connect_s",
+        "counted",
         "end_s",
         "ending",
-        "ends",
         "events",
+        "has_text",
+        "head_reads",
+        "http",
         "keep_alive",
+        "look_at",
+        "max_bytes",
         "max_events",
         "note",
+        "parsed",
         "payload",
+        "reads",
         "resent",
         "sent_s",
         "since_event",
@@ -115,16 +131,27 @@ class Exchange:
     def __init__(self, tag: Any, payload: bytes, output_tokens: int) -> None:
         self.tag = tag
         self.payload = payload
-        self.max_events = RUNAWAY_EVENTS * output_tokens + 100
-        self.chunks: list[bytes] = []
+        self.max_events, self.max_bytes = most_events(output_tokens), most_bytes(output_tokens)
+        self.look_at = EVENT_LEAST_BYTES * self.max_events
+        self.reads: list[bytes] = []
         self.stamps_s = array("d")
-        self.ends = array("L")
         self.size = self.events = self.since_event = self.status = 0
+        self.parsed = self.counted = self.head_reads = 0  # reads so far: given to the parser, counted, before the body
         self.sent_s = self.end_s = self.connect_s = self.tls_s = NAN
-        self.ending = self.note = ""
-        self.keep_alive = True
-        self.resent = False
-        self.body = b""
+        self.ending = self.note = self.coding = ""
+        self.http = self.keep_alive = True
+        self.resent = self.has_text = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything came after the head."""
+        return bool(self.status) and len(self.reads) > self.head_reads
+
+    def body(self) -> tuple[bytes, list[int]]:
+        """The body so far, and how much of it had come with each read."""
+        ends = list(itertools.accumulate(map(len, self.reads)))
+        whole = b"".join(self.reads)
+        return unframe(whole, ends) if self.http else (whole, ends)
 
 
 class Wire(asyncio.Protocol):
@@ -155,95 +182,147 @@ class Wire(asyncio.Protocol):
         if exchange is None:  # bytes that nobody asked for: this connection is not to be trusted
             self.close()
             return
-        before = exchange.size
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self.finish("malformed_http", "the server switched protocols")
-            return
-        except httptools.HttpParserError as problem:
-            self.finish("malformed_http", str(problem))
-            return
-        if exchange.size != before:
-            exchange.stamps_s.append(now)
-            exchange.ends.append(exchange.size)
-        if self.exchange is not exchange or exchange.ending:  # the message was complete
-            return
-        ends = data.count(b"\n\n") or data.count(b"\r\n\r\n")
-        exchange.events += ends
-        exchange.since_event = 0 if ends else exchange.since_event + len(data)
-        # A marker that came in pieces is in the last pieces: only tiny reads need that look.
-        if b"[DONE]" in data[-32:] or (len(data) < 32 and b"[DONE]" in b"".join(exchange.chunks[-8:])):
-            asyncio.get_running_loop().call_later(LINGER_S, self._linger, exchange)
-        elif exchange.events > exchange.max_events:
-            self.finish("runaway", f"stopped after {exchange.events} events")
-        elif exchange.since_event > EVENT_BYTES:
-            self.finish("event_too_large", f"an event of more than {EVENT_BYTES} bytes")
+        exchange.stamps_s.append(now)
+        exchange.reads.append(data)
+        exchange.size += len(data)
+        if not self.streaming or data.endswith(LAST_CHUNK):
+            self.settle(exchange)
+        if exchange.size > exchange.look_at and self.exchange is exchange:
+            self._bound(exchange)
 
     def eof_received(self) -> bool:
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open = False
-        if self.exchange is None:
+        exchange = self.exchange
+        if exchange is None:
             self.on_idle_close(self)
-        elif not self.exchange.status:
+            return
+        self.settle(exchange)
+        if not exchange.status:
             self.finish("disconnected_before_response", str(exc or "the server closed the connection"))
-        elif exc is None and self._ends_with_connection():
+        elif exc is None and not self.framed:
             self.finish("complete")
         else:
             self.finish("stream_reset" if exc else "eof", str(exc or "the server closed the connection"))
 
     # -- httptools' side
 
-    def on_headers_complete(self) -> None:
-        assert self.exchange is not None
-        self.exchange.status = self.parser.get_status_code()
+    def on_message_begin(self) -> None:
+        if not self.complete:
+            self.framed = self.streaming = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         exchange = self.exchange
-        if exchange is None:
+        if exchange is None or self.complete:
             return
         lower = name.lower()
         # A server that states a keep-alive timeout holds a thread per connection (llama.cpp's does): an idle connection
         # of ours would keep one of its few threads busy and make others wait, which we would then measure.
         if lower == b"keep-alive":
             exchange.keep_alive = False
-        elif lower == b"location" or (lower == b"content-encoding" and value.lower() != b"identity"):
-            exchange.note = f"{name.decode('latin-1')}: {value.decode('latin-1')}"
-        elif lower == b"content-length" or lower == b"transfer-encoding":
+        elif lower == b"location":
+            exchange.note = f"Location: {value[:1024].decode('latin-1')}"
+        elif lower == b"content-encoding" and value.lower() != b"identity":
+            exchange.coding = value[:64].decode("latin-1")
+        elif lower == b"content-length":
             self.framed = True
+        elif lower == b"transfer-encoding":
+            self.framed = True
+            self.streaming = value.lower() == b"chunked"
 
-    def on_message_begin(self) -> None:
-        self.framed = False
-
-    def on_body(self, body: bytes) -> None:
-        exchange = self.exchange
-        assert exchange is not None
-        if exchange.status != 200 and exchange.size > ERROR_BYTES:
-            return
-        exchange.chunks.append(body)
-        exchange.size += len(body)
+    def on_headers_complete(self) -> None:
+        if (exchange := self.exchange) and not self.complete:
+            exchange.status = self.parser.get_status_code()
+            exchange.head_reads = len(exchange.reads) - (not exchange.reads[-1].endswith(b"\r\n\r\n"))
+            self.streaming = self.streaming and exchange.status == 200
 
     def on_message_complete(self) -> None:
-        exchange = self.exchange
-        if exchange is None or 100 <= exchange.status < 200:
-            return
-        # The read that completes the message is stamped by data_received after this returns.
-        exchange.keep_alive = exchange.keep_alive and self.parser.should_keep_alive()
-        asyncio.get_running_loop().call_soon(self.finish, "complete", "", exchange)
+        if exchange := self.exchange:
+            if exchange.status < 200:
+                exchange.status = 0  # informational: the answer is yet to come
+                return
+            # A second answer to one request is no part of it, and this connection is not to be trusted.
+            exchange.keep_alive = exchange.keep_alive and self.parser.should_keep_alive() and not self.complete
+            self.complete = True
 
     # -- ours
 
-    framed = False
+    framed = False  # the message's end is told by its framing, not by the connection's
+    streaming = False  # chunked: no read but the last needs the parser
+    complete = False
 
-    def _ends_with_connection(self) -> bool:
-        return not self.framed
+    def settle(self, exchange: Exchange) -> None:
+        """Give the parser all that it has not seen, and end the exchange if the message is over."""
+        fresh = b"".join(exchange.reads[exchange.parsed :])
+        exchange.parsed = len(exchange.reads)
+        if not fresh:
+            return
+        try:
+            self.parser.feed_data(fresh)
+        except httptools.HttpParserUpgrade:
+            self.finish("malformed_http", "the server switched protocols")
+        except httptools.HttpParserError as problem:
+            exchange.keep_alive = False
+            if not self.complete:
+                self.finish("malformed_http", str(problem))
+        if self.complete:
+            self.finish("complete", end_s=exchange.stamps_s[-1])
+
+    def look(self, exchange: Exchange) -> None:
+        """What no tail told, when nothing came for QUIET_S: a message with trailers, or [DONE] with no end after it."""
+        if exchange.parsed < len(exchange.reads):
+            self.settle(exchange)
+            tail = _SEAM.sub(b"", b"".join(exchange.reads[-64:])[-512:])
+            if self.exchange is exchange and tail.rstrip().endswith(MARKERS):
+                exchange.keep_alive = False
+                self.finish("complete", end_s=exchange.stamps_s[-1])
+
+    def _bound(self, exchange: Exchange) -> None:
+        """The limits of an answer that is larger than usual."""
+        fresh = b"".join(exchange.reads[exchange.counted :])
+        exchange.counted = len(exchange.reads)
+        exchange.look_at = exchange.size + EVENT_LEAST_BYTES * max(100, exchange.max_events - exchange.events)
+        if not exchange.status:
+            if exchange.size > HEAD_BYTES:
+                self.finish("malformed_http", f"more than {HEAD_BYTES} bytes of header")
+            return
+        if exchange.status != 200:
+            if exchange.size > ERROR_BYTES:  # enough to tell what it says
+                exchange.keep_alive = False
+                self.finish("complete")
+            return
+        ends = fresh.count(b"\n\n") or fresh.count(b"\r\n\r\n")
+        exchange.events += ends
+        exchange.since_event = 0 if ends else exchange.since_event + len(fresh)
+        if exchange.events > exchange.max_events:
+            self.finish("runaway", f"stopped after {exchange.events} events")
+        elif exchange.since_event > EVENT_BYTES or exchange.size > exchange.max_bytes:
+            self._bound_bytes(exchange)
+
+    def _bound_bytes(self, exchange: Exchange) -> None:
+        """Much came: what of?  A blank line may have come in pieces, or be two CRs, so the body is looked at as a whole."""
+        body, ends = exchange.body()
+        last = 0 if exchange.coding else max(0, *(body.rfind(blank) for blank in BLANK_LINES))
+        exchange.since_event = 0 if exchange.coding else len(body) - last
+        ending, note = "", ""
+        if exchange.since_event > EVENT_BYTES:
+            ending, note = "event_too_large", f"an event of more than {EVENT_BYTES} bytes"
+        elif exchange.size - FRAMING * len(body) > HEAD_BYTES:
+            ending, note = "malformed_http", f"more than {HEAD_BYTES} bytes of framing"
+        elif exchange.size > exchange.max_bytes:
+            ending, note = "runaway", f"stopped after {exchange.size} bytes"
+        if ending:  # what is too much is not kept, and its last event is none
+            kept = KEPT_BYTES if exchange.coding else min(last + 4, KEPT_BYTES)
+            exchange.http, starts = False, [0, *ends[:-1]]
+            exchange.reads = [body[start : min(end, kept)] for start, end in zip(starts, ends, strict=True)]
+            self.finish(ending, note)
 
     def send(self, exchange: Exchange) -> None:
         """Write the request now; `sent_s` is the moment after its bytes were handed to the kernel."""
         assert self.transport is not None and self.exchange is None
-        self.exchange = exchange
+        self.exchange, self.complete, self.streaming = exchange, False, False
         if not self.uses:
             exchange.connect_s, exchange.tls_s = self.connect_s, self.tls_s
         self.uses += 1
@@ -254,8 +333,10 @@ class Wire(asyncio.Protocol):
             except BlockingIOError:
                 written = 0
             except OSError as problem:
-                exchange.sent_s = clock()
-                self.finish("disconnected_before_response", str(problem))
+                exchange.sent_s = clock()  # told later: whoever sends many must not be called back from within
+                asyncio.get_running_loop().call_soon(
+                    self.finish, "disconnected_before_response", str(problem), exchange
+                )
                 return
             if written < len(payload):
                 self.transport.write(payload[written:])
@@ -275,11 +356,6 @@ class Wire(asyncio.Protocol):
         if ending != "complete" or not exchange.keep_alive:
             self.close()
         self.on_end(self, exchange)
-
-    def _linger(self, exchange: Exchange) -> None:
-        if self.exchange is exchange and b"".join(exchange.chunks[-32:]).rstrip().endswith(MARKERS):  # not a text of it
-            exchange.keep_alive = False
-            self.finish("complete", end_s=exchange.stamps_s[-1])
 
     def close(self) -> None:
         self.open = False

@@ -78,7 +78,7 @@ class Worker:
         self.ended += 1
         self.failed += exchange.ending != "complete" or exchange.status != 200
         frame = recorder.pack_exchange(exchange, self.point, self.trial, self.job.t0_s, self.player.start_s)
-        self.recorder.pipe.write(frame)
+        self.recorder.put(frame)
 
     async def play(self, start: Callable[[], Awaitable[float]], shard: dict[str, Any]) -> dict[str, Any]:
         """Get ready, learn the common moment from `start`, and play."""
@@ -277,6 +277,7 @@ class Crew:
         self.point = self.trial = 0
         self.start_s = 0.0
         self.stopping = False
+        self.gone = 0.0
 
     @classmethod
     async def hire(cls, n: int, ray: str | None, job: Job, key: str, note: Callable[[int, int], None]) -> Crew:

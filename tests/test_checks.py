@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import checks, metrics
+from harness import checks
 from harness.checks import Evidence, run_checks, verdict
 from harness.records import Finding, Record, Table, table
+from harness.tally import of_table
 from tests.conftest import ROOT
 
 QUIET = {"started_s": 0.0, "ended_s": 10.0, "cpu_share": 0.10, "wait_share": 0.03, "wait_max_s": 0.004, "lag_p99_s": 0.0004,
@@ -33,8 +34,10 @@ def answers(n: int = 400, trials: int = 1, **changed: Any) -> Table:
 def found(records: Table | None = None, row: dict[str, Any] | None = None, same_prompt: bool = False,
           predicted: dict[str, Any] | None = None, **senses: Any) -> dict[str, Finding]:  # fmt: skip
     records = answers() if records is None else records
-    figures = metrics.point_summary(records, "wave", 4) | {"batch_size": 4} | BESIDE | (row or {})
-    evidence = Evidence(figures, records, 350, 20, "wave", [QUIET | senses], [], predicted, same_prompt)
+    figures = of_table(records, "wave", 4).row() | {"batch_size": 4} | BESIDE | (row or {})
+    evidence = Evidence(
+        figures, of_table(records, "wave", 4, 350, 20), "wave", [QUIET | senses], [], predicted, same_prompt
+    )
     return {finding.code: finding for finding in run_checks(evidence)}
 
 
@@ -130,9 +133,11 @@ def test_tokens_that_the_server_made_one_by_one_and_that_came_in_bursts_are_name
 
 def test_the_gravest_finding_comes_first_and_gives_the_verdict() -> None:
     records = answers(8)
-    row = metrics.point_summary(records, "wave", 4) | {"batch_size": 4} | BESIDE
+    row = of_table(records, "wave", 4).row() | {"batch_size": 4} | BESIDE
     findings = run_checks(
-        Evidence(row, records, 350, 20, "wave", [QUIET | {"cpu_share": 0.99, "machine_cpu_share": 0.95}])
+        Evidence(
+            row, of_table(records, "wave", 4, 350, 20), "wave", [QUIET | {"cpu_share": 0.99, "machine_cpu_share": 0.95}]
+        )
     )
     assert [f.severity for f in findings] == ["invalid", "suspect", "info"]
     assert verdict(findings) == "invalid"

@@ -13,8 +13,9 @@ import orjson
 import pyarrow.parquet as pq
 import pytest
 
-from harness import definitions, journal, metrics, store
-from harness.records import Record, Table, table
+from harness import archive, definitions, journal
+from harness.records import Record, Table, joined, table
+from harness.tally import of_table
 from tests.conftest import one_object
 
 TTFT, GAP, TOKENS = 0.05, 0.01, 150
@@ -41,7 +42,7 @@ def means(name: str, *records: Record, mode: str = "wave", slots: int = 1) -> di
 
 def test_ours_are_the_summarys() -> None:
     t = table([answer(i, i * 2.0, wave=i) for i in range(3)])
-    summary = metrics.point_summary(t, "wave", 1)
+    summary = of_table(t, "wave", 1).row()
     ours = definitions.figures("ridgeline", t, "wave", 1)
     assert set(ours) == {*definitions.TIMES, *definitions.RATES}
     for key, value in ours.items():
@@ -129,15 +130,15 @@ def _without_events(record: Record) -> Record:
 def test_files_from_before_these_stamps_still_read(tmp_path: Path) -> None:
     payload = journal.encode(answer())[8:]
     length = int.from_bytes(payload[1:5], "little")
-    header = {k: v for k, v in orjson.loads(payload[5 : 5 + length]).items() if k not in store.LATER}
+    header = {k: v for k, v in orjson.loads(payload[5 : 5 + length]).items() if k not in archive.LATER}
     older = orjson.dumps(header)
     back = journal.decode_record(b"R" + len(older).to_bytes(4, "little") + older + payload[5 + length :])
     assert math.isnan(back.tls_s) and math.isnan(back.first_event_s) and back.choice_events is None and back.end_s > 0
 
-    store.write_parquet(tmp_path / "new", table([answer()]))
-    pq.write_table(pq.read_table(tmp_path / "new").drop_columns(list(store.LATER)), tmp_path / "old")
-    assert store.read_parquet(tmp_path / "new").first_event_s[0] == pytest.approx(TTFT)
-    old = store.read_parquet(tmp_path / "old")
+    archive.write(tmp_path / "new", [table([answer()])])
+    pq.write_table(pq.read_table(tmp_path / "new").drop_columns(list(archive.LATER)), tmp_path / "old")
+    assert joined(list(archive.blocks(tmp_path / "new"))).first_event_s[0] == pytest.approx(TTFT)
+    old = joined(list(archive.blocks(tmp_path / "old")))
     assert isinstance(old, Table) and math.isnan(old.last_event_s[0]) and old.choice_events[0] == -1
 
 

@@ -68,6 +68,50 @@ def test_a_flipped_bit_costs_its_record_and_names_it() -> None:
     assert reading.bad_frames == [2]
 
 
+@pytest.mark.parametrize("byte", range(8))
+def test_damage_to_a_length_or_a_checksum_costs_its_record_alone(byte: int) -> None:
+    data = bytearray(written(40))
+    data[len(journal.MAGIC) + len(journal.encode(record(0))) + byte] ^= 0x41
+    reading = journal.Reading()
+    assert [r.id for r in journal.read(bytes(data), reading)] == [0, *range(2, 40)]
+    assert reading.bad_frames == [2] and reading.torn_bytes == 0 and len(reading.events) == 1
+
+
+def cut_at_every_byte(records: int, step: int) -> None:
+    """`records` whole ones before the cut, none torn, none lost."""
+    parts = [journal.encode(record(i)) for i in range(records)]
+    data = journal.MAGIC + b"".join(parts)
+    ends = np.cumsum([len(journal.MAGIC), *map(len, parts)])
+    for cut in range(0, len(data) + 1, step):
+        reading = journal.Reading()
+        # What lies long before the cut is read the same whatever follows: only its last kilobytes are cut anew.
+        whole = int(np.searchsorted(ends, cut, "right")) - 1
+        skipped = max(0, whole - 3)
+        piece = journal.MAGIC + data[ends[skipped] : cut] if whole >= 0 else data[:cut]
+        found = [r.id for r in journal.read(piece, reading)]
+        assert found == list(range(skipped, max(whole, 0))), cut
+        assert reading.torn_bytes == (cut - ends[whole] if whole >= 0 else cut) and not reading.bad_frames
+
+
+def test_a_journal_of_1000_records_cut_at_many_bytes() -> None:
+    cut_at_every_byte(1000, 97)
+
+
+@pytest.mark.full
+def test_a_journal_of_1000_records_cut_at_every_byte() -> None:
+    cut_at_every_byte(1000, 1)
+
+
+@pytest.mark.full
+def test_a_whole_journal_of_1000_records_cut_anywhere() -> None:
+    data, rng = written(1000), random.Random(2)
+    for cut in [rng.randrange(len(data)) for _ in range(1500)]:
+        reading = journal.Reading()
+        ids = [r.id for r in journal.read(data[:cut], reading)]
+        assert ids == list(range(len(ids))) and not reading.bad_frames
+        assert reading.torn_bytes < 2000
+
+
 def test_random_damage_never_raises_anything_but_a_clear_error() -> None:
     rng = random.Random(1)
     for _ in range(300):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from harness import metrics, stats
 from harness.records import Record, table
+from harness.tally import Tally, count, of_table
 
 
 def steady(
@@ -26,7 +28,7 @@ def steady(
 
 
 def test_one_token_each_10_ms_after_50_ms() -> None:
-    row = metrics.point_summary(table([steady(i, i, 0.05, 0.01, 150) for i in range(4)]), "wave", 4)
+    row = of_table(table([steady(i, i, 0.05, 0.01, 150) for i in range(4)]), "wave", 4).row()
     assert row["ttft_s"]["p99"] == pytest.approx(0.05, abs=1e-6)
     assert row["itl_s"]["mean"] == pytest.approx(0.01, abs=1e-6)
     assert row["tpot_s"]["p50"] == pytest.approx(0.01, abs=1e-6)
@@ -35,7 +37,7 @@ def test_one_token_each_10_ms_after_50_ms() -> None:
 
 
 def test_four_tokens_an_event_are_four_tokens_and_one_gap() -> None:
-    row = metrics.point_summary(table([steady(0, 0.0, 0.05, 0.04, 152, per_event=4)]), "wave", 1)
+    row = of_table(table([steady(0, 0.0, 0.05, 0.04, 152, per_event=4)]), "wave", 1).row()
     assert row["chunk_gap_s"]["mean"] == pytest.approx(0.04, abs=1e-6)
     assert row["itl_s"]["mean"] == pytest.approx(0.01, abs=1e-6)
     assert row["tpot_s"]["mean"] == pytest.approx(37 * 0.04 / 151, rel=1e-5)
@@ -43,32 +45,32 @@ def test_four_tokens_an_event_are_four_tokens_and_one_gap() -> None:
 
 def test_a_failed_request_is_counted_and_enters_no_latency() -> None:
     bad = steady(1, 0.0, 9.0, 9.0, 3, error_class="truncated")
-    row = metrics.point_summary(table([steady(0, 0.0, 0.05, 0.01, 10), bad]), "wave", 2)
+    row = of_table(table([steady(0, 0.0, 0.05, 0.01, 10), bad]), "wave", 2).row()
     assert (row["requests"], row["errors"], row["error_classes"]) == (2, 1, {"truncated": 1})
     assert row["ttft_s"]["mean"] == pytest.approx(0.05, abs=1e-6)
 
 
 def test_warm_up_is_in_no_figure() -> None:
-    row = metrics.point_summary(table([steady(0, 0, 9.0, 1.0, 5, warmup=True), steady(1, 9, 0.1, 0.1, 5)]), "wave", 1)
+    row = of_table(table([steady(0, 0, 9.0, 1.0, 5, warmup=True), steady(1, 9, 0.1, 0.1, 5)]), "wave", 1).row()
     assert row["requests"] == 1
     assert row["ttft_s"]["mean"] == pytest.approx(0.1, abs=1e-6)
 
 
 def test_what_did_not_happen_is_missing_and_never_zero() -> None:
     nothing = Record(0, 0, 0, 0, False, math.nan, 0.0, error_class="connect")
-    row = metrics.point_summary(table([nothing]), "wave", 1)
+    row = of_table(table([nothing]), "wave", 1).row()
     assert math.isnan(row["ttft_s"]["mean"]) and math.isnan(row["output_tokens_per_s"])
     assert row["input_tokens"] is None
 
 
 def test_one_arrival_tells_no_pace() -> None:
-    row = metrics.point_summary(table([steady(0, 0.0, 1.5, 0.0, 150, per_event=150)]), "wave", 1)
+    row = of_table(table([steady(0, 0.0, 1.5, 0.0, 150, per_event=150)]), "wave", 1).row()
     assert math.isnan(row["tpot_s"]["mean"]) and math.isnan(row["itl_s"]["mean"])
 
 
 def test_throughput_of_waves_leaves_out_the_time_between_them() -> None:
     rows = [steady(w * 2 + i, w * 100.0, 0.5, 0.5, 10, wave=w) for w in range(3) for i in range(2)]
-    row = metrics.point_summary(table(rows), "wave", 2)
+    row = of_table(table(rows), "wave", 2).row()
     assert row["output_tokens_per_s"] == pytest.approx(2 * 10 / 5.0, rel=1e-4)
     assert row["requests_per_s"] == pytest.approx(2 / 5.0, rel=1e-4)
     assert row["total_tokens_per_s"] == pytest.approx(2 * 360 / 5.0, rel=1e-4)
@@ -77,12 +79,12 @@ def test_throughput_of_waves_leaves_out_the_time_between_them() -> None:
 def test_throughput_of_a_closed_loop_is_that_of_its_full_time() -> None:
     # Two slots, each answering ten requests of one second back to back: 10 tokens a second each, whatever the edges.
     rows = [steady(i * 2 + s, i + s * 0.5, 0.1, 0.1, 10) for i in range(10) for s in range(2)]
-    row = metrics.point_summary(table(rows), "closed", 2)
+    row = of_table(table(rows), "closed", 2).row()
     assert row["output_tokens_per_s"] == pytest.approx(20.0, rel=0.02)
 
 
 def test_scheduled_ttft_owns_the_lateness_of_sending() -> None:
-    row = metrics.point_summary(table([steady(0, 5.2, 0.05, 0.01, 9, scheduled_s=5.0)]), "open", 0)
+    row = of_table(table([steady(0, 5.2, 0.05, 0.01, 9, scheduled_s=5.0)]), "open", 0).row()
     assert row["ttft_scheduled_s"]["mean"] == pytest.approx(0.25, abs=1e-6)
     assert row["ttft_s"]["mean"] == pytest.approx(0.05, abs=1e-6)
 
@@ -106,3 +108,39 @@ def test_every_metric_is_documented_and_named_once() -> None:
     names = [metric.name for metric in metrics.METRICS]
     assert len(set(names)) == len(names)
     assert all(m.meaning and m.unit == "s" and m.better == "lower" for m in metrics.METRICS)
+
+
+@given(st.lists(st.floats(1e-6, 1000.0), min_size=1, max_size=400), st.integers(0, 2**32 - 1))
+def test_a_spread_too_large_to_keep_is_within_a_fortieth_of_a_percent(values: list[float], seed: int) -> None:
+    kept, binned = stats.Spread(), stats.Spread()
+    binned.EXACT = 0  # bins from the first value on
+    shuffled = np.random.default_rng(seed).permutation(np.array(values, np.float32))
+    for part in np.array_split(shuffled, 3):
+        kept.add(part)
+        binned.add(part)
+    assert binned.counts is not None or not values
+    assert kept.mean == pytest.approx(binned.mean, rel=1e-12) and kept.n == binned.n == len(values)
+    ranked = np.sort(shuffled)
+    for q in (0.0, 0.5, 0.99, 1.0):
+        lower, upper = ranked[math.floor(q * (len(values) - 1))], ranked[math.ceil(q * (len(values) - 1))]
+        assert lower * (1 - 2.6e-4) <= binned.quantiles(q)[0] <= upper * (1 + 2.6e-4)
+        assert lower * (1 - 1e-6) <= kept.quantiles(q)[0] <= upper * (1 + 1e-6)
+
+
+@given(st.integers(1, 40), st.sampled_from(["wave", "closed", "open"]), st.integers(1, 4), st.randoms())
+def test_a_point_cut_into_blocks_gives_the_figures_of_the_whole(n: int, mode: str, per_event: int, luck: Any) -> None:
+    rows = [steady(i, i // 2 + luck.random(), 0.05 + luck.random(), 0.01, 12, per_event=luck.choice([1, per_event]),
+                   scheduled_s=float(i // 2), wave=i // 2, trial=i % 3 if mode == "closed" else 0, warmup=i == 7)
+            for i in range(n)]  # fmt: skip
+    whole = of_table(table(rows), mode, 2).row()
+    size = luck.randint(1, n)
+    cut = Tally(mode, 2)
+    count({0: cut}, lambda only, chunks: (table(rows[i : i + size]) for i in range(0, n, size)))
+    for name, value in cut.row().items():
+        if isinstance(value, dict) and name.endswith("_s"):
+            for key, figure in value.items():
+                assert figure == pytest.approx(whole[name][key], rel=1e-6, nan_ok=True), (name, key)
+        elif isinstance(value, float):
+            assert value == pytest.approx(whole[name], rel=1e-6, nan_ok=True), name
+        else:
+            assert value == whole[name], name

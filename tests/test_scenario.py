@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,8 @@ def test_the_standard_is_350_in_150_out_at_batch_1_to_256() -> None:
         ("name: ../../x", "name: got '../../x'"),
         ("name: a\nname: b", "f.yaml:2: name: stands twice"),
         ("a: &x [1]\nb: *x", "aliases"),
-        ("name: !!python/object/apply:os.system ['true']", "f.yaml:1: not valid YAML"),
-        ("name: [", "f.yaml:1: not valid YAML"),
+        ("name: !!python/object/apply:os.system ['true']", "f.yaml:1: name: not valid YAML"),
+        ("name: [", "f.yaml:1: name: not valid YAML"),
         ("- 1", "expected keys and values"),
         ("", "the file is empty"),
     ],
@@ -71,27 +72,59 @@ def test_times_may_be_written_with_their_unit() -> None:
 
 def test_the_schema_knows_every_key_and_the_commented_scenario_is_valid() -> None:
     known = json.loads(scenario.schema())["properties"]
-    assert set(known) == {"name", "description", "engine", "model", "tokenizer", "api_key_env", "workload", "client", "theory",
+    assert set(known) == {"name", "description", "engine", "model", "tokenizer", "api_key_env", "api_key_file", "workload", "client", "theory",
                           "limits", "report"}  # fmt: skip
     assert scenario.load(scenario.commented()) == scenario.Scenario()
 
 
-_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=5,
-)
-_KEYS = st.sampled_from([*scenario.Scenario.model_fields, *scenario.Workload.model_fields, "x"]) | st.text(max_size=6)
+KEYS = [
+    *scenario.Scenario.model_fields,
+    *scenario.Workload.model_fields,
+    *scenario.Limits.model_fields,
+    *scenario.Engine.model_fields,
+]
+_ODD = ["null", "-1", "0", "1e999", ".nan", ".inf", "9" * 5000, "2026-13-45", "no", "0o17", "1_000", "''", "[]", "{}", "[[]]", "{a: {b: []}}",
+        "!!python/object/apply:os.system ['true']", "!!binary x", "*alias", "&anchor x", "<<: x", "'\u2028'", "\x1b[2J", "\0", "\ud800",
+        "{" * 60, "- " * 60, "? [1]\n: x", "%YAML 9.9", "--- x", "...", "\t", "|", "'unclosed", "@", "`", "2:3:4", "true", "1.5ms", "10 parsecs"]  # fmt: skip
+_LINES = st.one_of(
+    st.builds(lambda pad, key, value: f"{' ' * pad}{key}: {value}", st.integers(0, 4), st.sampled_from(KEYS) | st.text(max_size=6),
+              st.sampled_from(_ODD) | st.text(max_size=20)),
+    st.text(max_size=30), st.sampled_from(_ODD),
+)  # fmt: skip
+_CHANGES = st.lists(st.tuples(st.integers(0, 60), st.sampled_from(["insert", "replace", "drop", "value", "byte", "indent"]), _LINES,
+                              st.sampled_from(_ODD)), min_size=1, max_size=4)  # fmt: skip
+
+
+def changed(text: str, changes: list[tuple[int, str, str, str]]) -> str:
+    lines = text.split("\n")
+    for at, how, line, value in changes:
+        i = at % max(1, len(lines))
+        old = lines[i] if lines else ""
+        key, colon, _ = old.partition(":")
+        new = {"insert": [old, line], "replace": [line], "drop": [], "value": [f"{key}{colon} {value}"], "byte": [old[: at % 7] + value + old[at % 7 :]],
+               "indent": [" " * (at % 5) + old]}[how]  # fmt: skip
+        lines[i : i + 1] = new
+    return "\n".join(lines)
 
 
 def _mutations(count: int) -> None:
+    """Our own scenario files with lines changed: valid, or one error that names a line of the file and a key."""
+
     @settings(max_examples=count, deadline=None)
-    @given(st.dictionaries(_KEYS, _VALUES | st.dictionaries(_KEYS, _VALUES, max_size=3), max_size=4))
-    def check(values: dict[str, object]) -> None:
+    @given(st.sampled_from(SCENARIOS), _CHANGES)
+    def check(path: Path, changes: list[tuple[int, str, str, str]]) -> None:
+        text = changed(path.read_text(), changes)
         try:
-            scenario.load(json.dumps(values), "f.yaml")
+            scenario.load(text, "f.yaml")
         except RidgelineError as problem:
-            assert str(problem).startswith("f.yaml:")
+            found = re.match(r"f\.yaml:(\d+): ([^:]*\S[^:]*|\S.*?): \S", str(problem), re.DOTALL)
+            assert found, str(problem)
+            assert (
+                1
+                <= int(found[1])
+                <= text.count("\n") + text.count("\u2028") + text.count("\x85") + text.count("\r") + 2
+            )
+            assert problem.code == 2
 
     check()
 

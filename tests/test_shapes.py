@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import command, journal, lengths, plan, prompts, store, tokens, trace
+from harness import archive, command, journal, lengths, plan, prompts, store, tokens, trace
 from harness.arrivals import ARRIVALS, expected, parse, rescaled
 from harness.lengths import Asks
-from harness.records import Record, Request, RidgelineError, Table
+from harness.records import Record, Request, RidgelineError, Table, joined, table
 from harness.scenario import Workload
 from tests.conftest import one_object
 
@@ -296,11 +296,11 @@ def test_records_of_older_runs_still_read(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     record = Record(0, 0, 0, 0, False, 0.0, 0.0, input_tokens=5, asked_input_tokens=5, asked_output_tokens=9)
-    store.write_parquet(tmp_path / "r.parquet", store.table([record]))
-    assert store.read_parquet(tmp_path / "r.parquet").asked_output_tokens.tolist() == [9]
+    archive.write(tmp_path / "r.parquet", [table([record])])
+    assert joined(list(archive.blocks(tmp_path / "r.parquet"))).asked_output_tokens.tolist() == [9]
     old = pq.read_table(tmp_path / "r.parquet").drop_columns(["asked_input_tokens", "asked_output_tokens"])
     pq.write_table(old, tmp_path / "r.parquet")
-    assert store.read_parquet(tmp_path / "r.parquet").asked_input_tokens.tolist() == [-1]
+    assert joined(list(archive.blocks(tmp_path / "r.parquet"))).asked_input_tokens.tolist() == [-1]
     frame = journal.encode(record).replace(b',"asked_input_tokens":5,"asked_output_tokens":9', b"")
     length = int.from_bytes(frame[9:13], "little") - len(b',"asked_input_tokens":5,"asked_output_tokens":9')
     payload = frame[8:9] + length.to_bytes(4, "little") + frame[13:]

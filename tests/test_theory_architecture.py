@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from harness import models
 from harness.records import RidgelineError
-from harness.theory.architecture import FAMILIES, from_config
+from harness.theory.architecture import FAMILIES, MULTIMODAL, from_config
 from harness.theory.shape import dtype_named
 
 
@@ -197,9 +197,30 @@ def test_what_is_not_covered_is_refused_by_name(change, named):
         from_config(LLAMA_3_8B | change, "some-model")
 
 
-KEYS = sorted(
-    set(LLAMA_3_8B) | {"quantization_config", "layer_types", "sliding_window", "max_window_layers", "head_dim"}
-)
+# Keys of every family at once, so that each has what it needs until one of them is changed.
+EVERYTHING = LLAMA_3_8B | {
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "decoder_sparse_step"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "n_shared_experts", "first_k_dense_replace"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp"), 64),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 32),
+    **dict.fromkeys(("n_embd", "n_layer", "n_head", "n_positions", "sliding_window_pattern"), 32),
+    **dict.fromkeys(("num_layers", "multi_query_group_num", "d_model", "n_heads", "n_layers"), 32),
+    "ffn_hidden_size": 64,
+    "padded_vocab_size": 1000,
+    "no_bias": True,
+    "attn_config": {"alibi": True, "kv_n_heads": 4},
+    "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    "attention_chunk_size": 128,
+    "max_position_embeddings": 2048,
+    "num_key_value_heads_per_layer": [4] * 32,
+    "use_cla": True,
+    "cla_share_factor": 2,
+    "mlp_only_layers": [0],
+    "moe_layers": [1],
+    "topk_method": "noaux_tc",
+}
+OTHERS = ("quantization_config", "layer_types", "sliding_window", "max_window_layers", "head_dim", "text_config")
+KEYS = sorted({*EVERYTHING, *OTHERS, "vision_config"})
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(sorted(FAMILIES)),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
@@ -207,20 +228,62 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)  # a busy machine is no bug
-@given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4), st.sampled_from(sorted(FAMILIES)))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_built_from_keys_that_are_all_there(family):
+    model = from_config(EVERYTHING | {"model_type": family})
+    assert model.params == sum(model.params_by_part.values()) >= model.active_params > 0
+
+
+@settings(deadline=None, max_examples=200)  # a busy machine is no bug
+@given(
+    st.dictionaries(st.sampled_from(KEYS), JSON | st.integers(0, 64), max_size=4),
+    st.sampled_from(sorted({*FAMILIES, *MULTIMODAL})),
+)
 def test_any_configuration_is_read_or_refused_in_one_sentence(change, family):
     try:
-        model = from_config(LLAMA_3_8B | {"model_type": family} | change)
+        model = from_config(EVERYTHING | {"model_type": family} | change)
     except RidgelineError:
         return
     assert model.params == sum(model.params_by_part.values())
     assert math.isfinite(model.weight_bytes())
+    assert 0 < model.read_bytes(tokens=3.0) <= model.weight_bytes()
 
 
 @pytest.mark.parametrize(("spelling", "dtype"), [("torch.bfloat16", "bf16"), ("half", "fp16"), ("FLOAT32", "fp32")])
 def test_dtypes_are_known_by_their_usual_spellings(spelling, dtype):
     assert dtype_named(spelling) == dtype
+
+
+def test_a_multimodal_model_is_its_text_part_and_says_what_is_not_counted():
+    text = {k: v for k, v in LLAMA_3_8B.items() if k != "torch_dtype"} | {
+        "model_type": "qwen3_vl_text",
+        "head_dim": 128,
+    }
+    outer = {"model_type": "qwen3_vl", "torch_dtype": "float16", "vision_config": {}, "tie_word_embeddings": True}
+    model = from_config(outer | {"text_config": text}, "seer")
+    alone = from_config(text | {"model_type": "qwen3", "tie_word_embeddings": True, "torch_dtype": "float16"})
+    assert (model.groups, model.params, model.dtype) == (alone.groups, alone.params, "fp16")
+    assert model.notes == ("seer: the vision tower's weights are not counted",)
+
+
+FP8 = {"quant_method": "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("listed", "spared"),
+    [
+        (["lm_head"], False),
+        (["*self_attn*"], True),
+        (["re:.*self_attn.*", "lm_head"], True),
+        ([f"model.layers.{i}.self_attn.q_proj" for i in range(32)], True),
+        (["model.layers.31.self_attn.q_proj", "model.layers.31.self_attn.k_proj"], False),
+        ("self_attn", False),
+    ],
+)
+def test_attention_stays_in_16_bit_where_it_is_left_out_of_most_layers(listed, spared):
+    model = from_config(LLAMA_3_8B | {"quantization_config": FP8 | {"ignored_layers": listed}})
+    assert model.bytes_by_part()["attention"] == model.params_by_part["attention"] * (2 if spared else 1)
+    assert model.bytes_by_part()["ffn"] == model.params_by_part["ffn"]
 
 
 # --- from the disk ----------------------------------------------------------------------------------------------------
@@ -254,6 +317,16 @@ def test_a_folder_without_a_model_and_no_file_at_all_are_refused(tmp_path):
     (tmp_path / "weights.bin").touch()
     with pytest.raises(RidgelineError, match="give a folder"):
         models.load(tmp_path / "weights.bin")
+
+
+def test_modelopts_own_file_says_how_the_weights_are_stored(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    stated = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(stated))
+    assert models.load(tmp_path).dtype == "fp8"
+    (tmp_path / "hf_quant_config.json").write_text("{")
+    with pytest.raises(RidgelineError, match="hf_quant_config"):
+        models.load(tmp_path)
 
 
 def test_a_name_is_looked_up_in_the_catalogue():

@@ -77,6 +77,11 @@ def test_disputed_and_unverified_values_say_so(name):
         ("Gaudi2", "Gaudi2"),
         ("GH200-96GB", "GH200-96GB"),
         ("RTX-PRO-6000", "RTX-PRO-6000-Blackwell-Server"),
+        ("NVIDIA H200 141GB HBM3e", "H200-SXM"),
+        ("NVIDIA H100 SXM5 80GB HBM3", "H100-SXM-80GB"),
+        ("GeForce RTX 4090 24GB", "RTX-4090"),
+        ("AMD Instinct MI300X OAM 192GB", "MI300X"),
+        ("B200 192GB", "B200-SXM"),
     ],
 )
 def test_a_name_or_an_alias_finds_its_row(asked, row):
@@ -98,8 +103,9 @@ def test_an_ambiguous_name_is_refused_with_its_variants(asked, variants):
 def test_an_unknown_name_lists_near_ones():
     with pytest.raises(RidgelineError, match="H100-SXM-80GB"):
         hardware.find("H100-SMX-80GB")
-    with pytest.raises(RidgelineError, match="ridgeline machine"):
-        hardware.find("abacus")
+    for name in ("abacus", "", "gpu", "H200-80GB", "RTX 4090 48GB", "L40 S", "MI300X mk 2"):
+        with pytest.raises(RidgelineError, match="ridgeline machine"):
+            hardware.find(name)
 
 
 @pytest.mark.parametrize(("asked", "row"), [("A100", "A100-SXM-80GB"), ("H100", "H100-SXM-80GB"), ("T4", "T4")])
@@ -166,8 +172,7 @@ def test_rows_of_the_user_are_read_with_units_or_like_another():
 def test_a_wrong_row_of_the_user_is_refused_where_it_stands(text, named):
     with pytest.raises(RidgelineError, match=named) as error:
         hardware.from_yaml(text, "mine.yaml")
-    if "like: H100" not in text:
-        assert str(error.value).startswith("mine.yaml")
+    assert str(error.value).startswith("mine.yaml")
 
 
 def test_a_bridge_joins_two_and_more_talk_over_pcie():

@@ -133,6 +133,74 @@ def test_training_takes_three_forward_passes_and_four_copies_of_the_weights():
     assert sum(seeds.training_bytes(7e9)) == 4 * WEIGHTS
 
 
+def test_training_memory_in_mixed_precision_is_16_bytes_a_parameter():
+    assert sum(seeds.mixed_precision_bytes(7.5e9)) == 120e9, "ZeRO's own example"
+
+
+def test_activations_of_gpt_3_are_those_of_the_paper():
+    """Korthikanti et al., arXiv:2205.05198: 5·a·s/h is 80 for GPT-3, so the scores are 70 % of a layer's activations."""
+    with_scores = seeds.activation_bytes(1, 2048, 12288, 96, heads=96)
+    without = seeds.activation_bytes(1, 2048, 12288, 96)
+    assert with_scores / without == pytest.approx((34 + 80) / 34)
+    assert seeds.activation_bytes(4, 2048, 12288, 96) == 4 * without
+    assert seeds.inference_activation_bytes(350, 11008) == 2 * 350 * 11008
+
+
+def test_an_output_token_costs_critical_batch_over_batch_input_tokens():
+    a10 = GPUS["A10"]
+    for batch, ratio in ((1, 208.3), (69.44, 3.0), (208.4, 1.0), (1000, 1.0)):
+        usd = seeds.token_usd(LLAMA_2_7B_PARAMS, batch, a10.flops, a10.bytes_per_s, a10.usd_per_min * 60)
+        assert usd.output / usd.input == pytest.approx(ratio, rel=1e-3)
+    alone = seeds.token_usd(LLAMA_2_7B_PARAMS, 1, a10.flops, a10.bytes_per_s, a10.usd_per_min * 60)
+    assert alone.request(350, 150) == pytest.approx(seeds.request_usd(_total_s("A10"), a10.usd_per_min))
+    assert seeds.usd_per_million_tokens(3.6, 1000.0) == 1.0
+
+
+def test_own_hardware_breaks_even_where_it_serves_its_price_in_requests():
+    api = seeds.TokenUsd(input=1.0, output=3.0)
+    assert api.request(1000, 100) == pytest.approx(0.0013)
+    # 3.6 $/h is 0.001 $/s: at 2 requests/s of 0.001 $ each, half of them pay for it.
+    assert seeds.break_even_share(3.6, 2.0, 0.001) == pytest.approx(0.5)
+    a100 = GPUS["A100-SXM-80GB"]
+    own = seeds.token_usd(LLAMA_2_7B_PARAMS, 16, a100.flops, a100.bytes_per_s, a100.usd_per_min * 60)
+    prompt_heavy, chatty = ((3000, 50), (50, 3000))
+
+    def share(request):
+        return own.request(*request) / seeds.TokenUsd(0.5, 1.5).request(*request)
+
+    assert share(prompt_heavy) < share(chatty), "[002]: self-hosting pays for prompt-heavy tasks"
+
+
+def test_without_a_cache_each_token_takes_the_whole_sequence_again():
+    params, flops, rate = 1.0, 2.0, 2.0  # a weight is read in 1 s, a token computed in 1 s
+    assert seeds.recompute_s(params, 1, 4, flops, rate) == 1 + 2 + 3 + 4
+    assert seeds.cached_s(params, 1, 4, flops, rate) == 4
+    assert seeds.recompute_s(params, 1, 4, 1e9, rate) == seeds.cached_s(params, 1, 4, 1e9, rate) == 4
+
+
+@pytest.mark.parametrize(("gpu", "ratio"), [("T4", 2.4), ("A10", 2.5), ("A100-SXM-80GB", 3.3)])
+def test_a_thousand_tokens_without_a_cache_take_two_to_three_times_as_long_not_five(gpu, ratio):
+    args = (LLAMA_2_7B_PARAMS, 1, 1000, GPUS[gpu].flops, GPUS[gpu].bytes_per_s)
+    assert seeds.recompute_s(*args) / seeds.cached_s(*args) == pytest.approx(ratio, abs=0.06)
+
+
+def test_blocks_round_up_and_reservations_hold_the_longest():
+    lengths = [1, 16, 17, 500]
+    assert seeds.paged_slots(lengths) == 16 + 16 + 32 + 512
+    assert seeds.contiguous_slots(lengths, 4096) == 4 * 4096
+    assert seeds.wasted_share(lengths, seeds.paged_slots(lengths)) == pytest.approx(1 - 534 / 576)
+    assert seeds.wasted_share(lengths, seeds.contiguous_slots(lengths, 4096)) > 0.96
+    assert seeds.paged_slots(lengths, block=1) == sum(lengths)
+    assert seeds.paged_slots([]) == 0
+    # On average half a block is empty: under 4 % of 350 + 150 tokens, as PagedAttention claims.
+    uniform = list(range(401, 601))
+    assert seeds.wasted_share(uniform, seeds.paged_slots(uniform)) == pytest.approx(7.5 / 508, abs=2e-3)
+    with pytest.raises(RidgelineError, match="600 tokens"):
+        seeds.contiguous_slots(uniform, 512)
+    with pytest.raises(RidgelineError, match="block"):
+        seeds.paged_slots([1], 0)
+
+
 # --- scaling-book, inference chapter ----------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ look like a prediction.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,8 +20,15 @@ from harness.theory.shape import BITS, INT4_GROUP, QUANTIZED, WHOLE, Layers, Mod
 
 __all__ = ["FAMILIES", "Model", "from_config", "from_gguf"]
 
-# model_type of a model with a text part of its own -> the family of that part, where it does not say.
-MULTIMODAL = {"gemma3": "gemma3_text", "mistral3": "mistral", "llama4": "llama4_text"}
+# model_type of a model with a text part of its own -> the family of that part, where it says none that is covered.
+MULTIMODAL = {
+    "gemma3": "gemma3_text",
+    "mistral3": "mistral",
+    "llama4": "llama4_text",
+    "kimi_k25": "kimi_k2",
+    "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_moe",
+}
 
 # Keys whose presence means another kind of model, whatever model_type says.
 FOREIGN = {
@@ -64,11 +72,13 @@ def _text_part(c: Config) -> tuple[Config, int, tuple[str, ...]]:
         return c, 0, ()
     if c.family not in MULTIMODAL or not isinstance(inner, Mapping):
         raise c.error(f"a multimodal model (model_type {c.family!r}) is not covered yet, so there is no prediction")
-    outer = {k: c.values[k] for k in ("torch_dtype", "dtype", "quantization_config") if k in c.values}
-    values = {"model_type": MULTIMODAL[c.family], **outer, **inner}
+    shared = ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings")
+    stated = inner.get("model_type")
+    family = stated if isinstance(stated, str) and stated in FAMILIES else MULTIMODAL[c.family]
+    values = {**{k: c.values[k] for k in shared if k in c.values}, **inner, "model_type": family}
     vision = c.values.get("vision_config")
     if c.family == "gemma3" and isinstance(vision, Mapping):
-        return Config(values, c.name), _siglip(Config(vision, c.name), int(inner.get("hidden_size") or 0)), ()
+        return Config(values, c.name), _siglip(Config(vision, c.name), Config(inner, c.name).count("hidden_size")), ()
     note = f"{c.name}: the vision tower's weights are not counted"
     return Config(values, c.name), 0, (note,)
 
@@ -183,21 +193,31 @@ def _with_storage(model: Model, c: Config) -> Model:
         return replace(model, dtype=base, compute_dtype=base, matmul_dtype=base, stored_bytes=stored, notes=notes)
     dtype, bits, quantized_activations = _quantization(c, quantization)
     base = "bf16" if base == "fp32" else base  # quantized kernels have no fp32 activations
-    quantized = dict.fromkeys(_quantized_parts(quantization), bits)
+    quantized = dict.fromkeys(_quantized_parts(quantization, model.layers), bits)
     stored = bytes_by_part(model, quantized, BITS[base])
     matmul = dtype if quantized_activations else base
     return replace(model, dtype=dtype, compute_dtype=base, matmul_dtype=matmul, stored_bytes=stored, notes=notes)
 
 
-def _quantized_parts(q: Mapping[str, Any]) -> list[str]:
-    """The parts whose matrices are quantized; modules that the configuration leaves out are named by patterns."""
-    spared = q.get("modules_to_not_convert") or q.get("ignored_layers") or q.get("ignore") or q.get("exclude_modules")
-    names = " ".join(str(name) for name in spared) if isinstance(spared, list) else ""
-    spared_parts = {"attention"} if "self_attn" in names else set()
+def _quantized_parts(q: Mapping[str, Any], layers: int) -> list[str]:
+    """The parts whose matrices are quantized, as far as the modules that are left out are named by kind."""
+    listed = q.get("modules_to_not_convert") or q.get("ignored_layers") or q.get("ignore") or q.get("exclude_modules")
+    spared = {
+        part
+        for part, module in (("attention", "self_attn"), ("ffn", "shared_expert"))
+        if _spares(listed, module, layers)
+    }
     if q.get("quant_method") == "mxfp4":  # for experts only, whatever the list says
-        spared_parts = {"attention", "ffn"}
-    parts = [part for part in QUANTIZED if part not in spared_parts]
+        spared = {"attention", "ffn"}
+    parts = [part for part in QUANTIZED if part not in spared]
     return [*parts, "lm_head"] if q.get("lm_head") is True else parts
+
+
+def _spares(listed: Any, module: str, layers: int) -> bool:
+    """Whether the list leaves this module out everywhere: by a pattern, or in most layers one by one."""
+    names = [str(name) for name in listed if module in str(name)] if isinstance(listed, list) else []
+    numbers = [number[1] for name in names if (number := re.search(r"layers\.(\d+)\.", name))]
+    return len(numbers) < len(names) or len(set(numbers)) > layers / 2
 
 
 def _quantization(c: Config, q: Mapping[str, Any]) -> tuple[str, float, bool]:

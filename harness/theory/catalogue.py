@@ -60,13 +60,33 @@ def _entry(row: dict[str, Any]) -> Entry:
 
 
 # Words of a name that change what a model was taught, or who gave it, not its shape.
-SAME_SHAPE = {"meta", "hf", "instruct", "chat", "it", "pt", "base", "thinking", "preview", "dynamic", "v", "bf", "fp"}
+SAME_SHAPE = {
+    "meta",
+    "hf",
+    "instruct",
+    "chat",
+    "it",
+    "pt",
+    "base",
+    "thinking",
+    "preview",
+    "dynamic",
+    "v",
+    "bf",
+    "fp",
+    "kv",
+    "quantized",
+}
 # Words that say how its weights were quantized -> the quantization_config that they stand for.
+_INT8 = {"weights": {"num_bits": 8, "type": "int"}, "input_activations": {"num_bits": 8}}
 QUANTIZED: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8"},
     "awq": {"quant_method": "awq", "bits": 4},
     "gptq": {"quant_method": "gptq", "bits": 4},
+    "w4a16": {"quant_method": "gptq", "bits": 4},
+    "w8a8": {"quant_method": "compressed-tensors", "config_groups": {"group_0": _INT8}},
     "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "fp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
 }
 
 
@@ -84,7 +104,7 @@ def _shape_words(words: tuple[str, ...]) -> tuple[str, ...]:
 
 def _without_quantization(name: str) -> tuple[str, dict[str, Any] | None]:
     for word, config in QUANTIZED.items():
-        if found := re.search(rf"[-_ ]{word}\b", name, re.IGNORECASE):
+        if found := re.search(rf"[-_ .]{word}(?![a-z0-9])", name, re.IGNORECASE):
             return name[: found.start()] + name[found.end() :], config
     return name, None
 
@@ -99,11 +119,12 @@ def _by_words() -> tuple[dict[tuple[str, ...], Entry], dict[tuple[str, ...], lis
     return exact, loose
 
 
+@cache
 def find(name: str) -> Model:
     """The Model of this name: a hub id or a near variant ("Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct").
 
-    Owner, case, separators and words such as -Instruct, -hf or -chat do not matter; -FP8, -AWQ, -GPTQ and -NVFP4 say
-    how the weights are stored.  Raises RidgelineError for an unknown name (with the nearest ones) and an ambiguous one.
+    Owner, case, separators and words such as -Instruct, -hf or -chat do not matter; -FP8, -AWQ, -GPTQ, -NVFP4 and the like
+    say how the weights are stored.  Raises RidgelineError for an unknown name (with the nearest ones) and an ambiguous one.
     """
     plain, quantization = _without_quantization(name)
     exact, loose = _by_words()

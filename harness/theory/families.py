@@ -316,7 +316,8 @@ def _llama4(c: Config) -> Spec:
     spec = _llama(Config({**c.values, "intermediate_size": c.values.get("intermediate_size_mlp")}, c.name))
     step, width = c.count("interleave_moe_layer_step", default=1), c.count("intermediate_size")
     listed = c.values.get("moe_layers")
-    moe = set(listed) if isinstance(listed, list) else {i for i in range(spec.layers) if (i + 1) % step == 0}
+    named = isinstance(listed, list) and all(isinstance(i, int) for i in listed)
+    moe = set(listed or ()) if named else {i for i in range(spec.layers) if (i + 1) % step == 0}
     # Three of four layers attend within chunks: a token sees half a chunk on average, which is bounded by the whole.
     windows = _windows(c, lambda i: (i + 1) % 4 != 0, "attention_chunk_size")
     experts = Experts(c.count("num_local_experts"), c.count("num_experts_per_tok"), width, shared_ffn=width)
@@ -336,12 +337,85 @@ def _hunyuan(c: Config) -> Spec:
     return replace(spec, experts=experts, attention_extra=extra, keeps_kv=keeps)
 
 
+def _glm4_moe(c: Config) -> Spec:
+    spec = replace(_llama(c), out_bias=False)
+    shared = c.size("n_shared_experts") * c.count("moe_intermediate_size")
+    first = c.size("first_k_dense_replace")
+    return replace(
+        spec,
+        attention_extra=2 * spec.head_dim if c.flag("use_qk_norm", False) else 0,
+        experts=_experts(c, shared_ffn=shared, router_bias=True),
+        routed=tuple(i >= first for i in range(spec.layers)),
+    )
+
+
+def _minimax_m2(c: Config) -> Spec:
+    return replace(_olmo2(c), experts=_experts(c, router_bias=c.flag("use_routing_bias", False)))
+
+
+def _chatglm(c: Config) -> Spec:
+    """ChatGLM and GLM-4 with the code of their own repository, whose keys are Megatron's."""
+    shared = c.flag("multi_query_attention", False)
+    usual = {
+        "num_hidden_layers": c.count("num_layers"),
+        "intermediate_size": c.count("ffn_hidden_size"),
+        "num_key_value_heads": c.count("multi_query_group_num") if shared else c.count("num_attention_heads"),
+        "head_dim": c.values.get("kv_channels"),
+        "vocab_size": c.count("padded_vocab_size", "vocab_size"),
+    }
+    biased, every = c.flag("add_qkv_bias", False), c.flag("add_bias_linear", False)
+    spec = _llama(Config({**c.values, **usual}, c.name))
+    return replace(spec, qkv_bias=biased or every, out_bias=every, ffn_bias=every)
+
+
+def _glm(c: Config) -> Spec:
+    return replace(_llama(Config({"attention_bias": True, **c.values}, c.name)), out_bias=False)
+
+
+def _mpt(c: Config) -> Spec:
+    hidden, heads = c.count("d_model"), c.count("n_heads")
+    attention = c.values.get("attn_config")
+    attention = attention if isinstance(attention, dict) else {}
+    if not c.flag("no_bias", False) or not attention.get("alibi"):
+        raise c.error("MPT with biases or learned positions is not covered yet, so there is no prediction")
+    usual = {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": attention.get("kv_n_heads"),
+        "num_hidden_layers": c.count("n_layers"),
+        "intermediate_size": c.count("expansion_ratio", default=4) * hidden,
+        "tie_word_embeddings": True,
+    }
+    return replace(_llama(Config({**c.values, **usual}, c.name)), gated=False)
+
+
+def _dbrx(c: Config) -> Spec:
+    attention, ffn = c.values.get("attn_config"), c.values.get("ffn_config")
+    if not isinstance(attention, dict) or not isinstance(ffn, dict):
+        raise c.error("attn_config and ffn_config are missing")
+    inner = Config({**ffn, **attention}, c.name)
+    usual = {
+        "hidden_size": c.count("d_model"),
+        "num_attention_heads": c.count("n_heads"),
+        "num_key_value_heads": inner.count("kv_n_heads"),
+        "num_hidden_layers": c.count("n_layers"),
+        "intermediate_size": inner.count("ffn_hidden_size"),
+    }
+    experts = Experts(inner.count("moe_num_experts"), inner.count("moe_top_k"), usual["intermediate_size"])
+    return replace(_llama(Config({**c.values, **usual}, c.name)), experts=experts)
+
+
+def _nemotron(c: Config) -> Spec:
+    return replace(_llama(c), gated=False, norm_bias=True)
+
+
 # model_type -> what its configuration means.
 FAMILIES: dict[str, Callable[[Config], Spec]] = {
     "llama": _llama,
     "aquila": _llama,
     "granite": _llama,
     "internlm2": _llama,
+    "baichuan": _llama,
     "smollm3": _llama,
     "mistral": _mistral,
     "mixtral": _mixtral,
@@ -375,4 +449,11 @@ FAMILIES: dict[str, Callable[[Config], Spec]] = {
     "kimi_k2": _deepseek,
     "llama4_text": _llama4,
     "hunyuan": _hunyuan,
+    "glm": _glm,
+    "chatglm": _chatglm,
+    "glm4_moe": _glm4_moe,
+    "minimax_m2": _minimax_m2,
+    "mpt": _mpt,
+    "dbrx": _dbrx,
+    "nemotron": _nemotron,
 }

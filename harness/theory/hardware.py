@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -198,12 +199,35 @@ def _names() -> dict[str, tuple[Hardware, ...]]:
     return names
 
 
+_OBVIOUS = re.compile(r"hbm\d?e?|gddr\d\w?|oam|gpu")
+_SIZE = re.compile(r"(\d+)gi?b")
+
+
+def _rows(name: str) -> tuple[Hardware, ...]:
+    """The rows of a name; else those of the longest name in it, if what is left is obvious (H200-141GB-HBM3e)."""
+    if exact := _names().get(_key(name)):
+        return exact
+    words = set(_key(name).split("-"))
+    found: dict[int, list[Hardware]] = {}
+    for key, rows in _names().items():
+        own = set(key.split("-"))
+        fitting = [row for row in rows if own <= words and all(_is_obvious(word, row) for word in words - own)]
+        found.setdefault(len(own), []).extend(fitting)
+    longest = max((n for n, rows in found.items() if rows), default=0)
+    return tuple({row.name: row for row in found.get(longest, ())}.values())
+
+
+def _is_obvious(word: str, row: Hardware) -> bool:
+    size = _SIZE.fullmatch(word)
+    return bool(_OBVIOUS.fullmatch(word)) or bool(size and abs(int(size[1]) * GIGA / row.mem_bytes - 1) < 0.08)
+
+
 def find(name: str) -> Hardware:
-    """The row of this exact name or alias; capitals, order, spaces, hyphens and underscores do not matter.
+    """The row of this name or alias; capitals, order, spaces, hyphens and underscores do not matter.
 
     Raises RidgelineError for an unknown name (with the nearest ones) and an ambiguous one (with its variants).
     """
-    rows = _names().get(_key(name), ())
+    rows = _rows(name)
     if len(rows) == 1:
         return rows[0]
     if rows:
@@ -218,7 +242,7 @@ def find(name: str) -> Hardware:
 def usual(name: str) -> Hardware:
     """As `find`, but an ambiguous name stands for its variant with the fastest link to all others and the most
     memory (A100: A100-SXM-80GB), and a caveat says that this was assumed.  For tables that others wrote."""
-    rows = _names().get(_key(name), ())
+    rows = _rows(name)
     if len(rows) < 2:
         return find(name)
     row = max(rows, key=lambda r: (not r.link_group, r.link_bytes_per_s, r.mem_bytes))
@@ -259,7 +283,10 @@ def _from_user(row: dict[str, Any], where: str) -> Hardware:
         }
     base: dict[str, Any] = {"measured": False, "source": where}
     if "like" in row:
-        like = find(str(row["like"]))
+        try:
+            like = find(str(row["like"]))
+        except RidgelineError as error:
+            raise RidgelineError(f"{where}: like: {error}") from None
         base = like.as_dict() | {"name": f"{like.name} ({where})", "source": f"{where}, else {like.source}"}
     try:
         return from_row(base | given)

@@ -11,6 +11,8 @@ Seconds, bytes, FLOP/s and US dollars throughout.  Where an article is wrong, th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -146,6 +148,44 @@ def request_usd(seconds: float, usd_per_min: float) -> float:
     return seconds / 60 * usd_per_min
 
 
+def usd_per_million_tokens(usd_per_h: float, tokens_per_s: float) -> float:
+    """[000] What a million tokens cost on hardware that is kept busy."""
+    return usd_per_h / 3600 / tokens_per_s * 1e6
+
+
+class TokenUsd(NamedTuple):
+    """US dollars for a million tokens read, and for a million written."""
+
+    input: float
+    output: float
+
+    def request(self, input_tokens: float, output_tokens: float) -> float:
+        """What one request costs: by one's own arithmetic, or by an API's price list."""
+        return (self.input * input_tokens + self.output * output_tokens) / 1e6
+
+
+def token_usd(
+    params: float, batch: float, flops: float, bytes_per_s: float, usd_per_h: float, bytes_per_param: float = 2
+) -> TokenUsd:
+    """[000] An input token costs its share of a pass, an output token a share of a step of `batch`.
+
+    Their ratio is critical batch / batch while decoding is memory-bound: 208 on an A10 alone, 3 (as APIs charge) at 69.
+    """
+    output_per_s = throughput(params, batch, flops, bytes_per_s, bytes_per_param)
+    return TokenUsd(
+        usd_per_million_tokens(usd_per_h, peak_throughput(params, flops)),
+        usd_per_million_tokens(usd_per_h, output_per_s),
+    )
+
+
+def break_even_share(usd_per_h: float, requests_per_s: float, api_usd_per_request: float) -> float:
+    """[002] The share of its capacity (`requests_per_s`) at which one's own hardware costs what an API does.
+
+    Above 1 it never pays, however busy.
+    """
+    return usd_per_h / 3600 / (requests_per_s * api_usd_per_request)
+
+
 def load_s(weight_bytes: float, disk_bytes_per_s: float) -> float:
     """[000] Seconds to load the weights from the disk, its second stage: bytes over bandwidth."""
     return weight_bytes / disk_bytes_per_s
@@ -167,6 +207,81 @@ class TrainingMemory(NamedTuple):
 def training_bytes(params: float, bytes_per_param: float = 2) -> TrainingMemory:
     """[002] Memory to train with Adam: the weights, as many gradients, and "two additional copies of the weights"."""
     return TrainingMemory(params * bytes_per_param, params * bytes_per_param, 2 * params * bytes_per_param)
+
+
+def mixed_precision_bytes(params: float) -> TrainingMemory:
+    """What training with Adam really keeps, 16 bytes a parameter (ZeRO, arXiv:1910.02054, section 3.1).
+
+    16-bit weights and gradients as [002] has them, but the optimizer works in 32 bit: two moments and a master copy.
+    """
+    return TrainingMemory(2 * params, 2 * params, 12 * params)
+
+
+def activation_bytes(batch: float, context: float, hidden: float, layers: float, heads: float = 0) -> float:
+    """[002] "At training time, we need all activations": s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bit.
+
+    Korthikanti et al., arXiv:2205.05198, equation 2, for a layer with a plain FFN of width 4·h.  Without `heads` the
+    N x N scores are not kept but computed again, as FlashAttention does.
+    """
+    return layers * context * batch * (34 * hidden + 5 * heads * context)
+
+
+def inference_activation_bytes(tokens: float, width: float, bytes_per_element: float = 2) -> float:
+    """[002] "We only need to store the largest activation": that of `tokens` tokens at the widest place of a layer."""
+    return tokens * width * bytes_per_element
+
+
+def recompute_s(
+    params: float,
+    input_tokens: int,
+    output_tokens: int,
+    flops: float,
+    bytes_per_s: float,
+    bytes_per_param: float = 2,
+) -> float:
+    """[001, 003] Seconds of a request without a KV cache: every token passes the whole sequence through the model.
+
+    The i-th of n passes has input + i tokens and takes the longer of reading the weights and computing.
+    """
+    weights_s = time_per_token_s(params * bytes_per_param, bytes_per_s)
+    return sum(max(weights_s, prefill_s(params, input_tokens + i, flops)) for i in range(output_tokens))
+
+
+def cached_s(
+    params: float,
+    input_tokens: int,
+    output_tokens: int,
+    flops: float,
+    bytes_per_s: float,
+    bytes_per_param: float = 2,
+) -> float:
+    """The same request with a cache: a prefill, no faster than the weights can be read, and n - 1 steps."""
+    weights_s = time_per_token_s(params * bytes_per_param, bytes_per_s)
+    return generation_s(max(weights_s, prefill_s(params, input_tokens, flops)), weights_s, output_tokens)
+
+
+# --- where a KV cache lies (PagedAttention, arXiv:2309.06180, which [001] and [004] name) -----------------------------
+
+BLOCK = 16  # tokens of a block, vLLM's default
+
+
+def paged_slots(lengths: Sequence[int], block: int = BLOCK) -> int:
+    """Token slots that sequences of these lengths hold in blocks: each is rounded up to a whole block."""
+    if block < 1:
+        raise RidgelineError(f"block must be at least 1 token, got {block}")
+    return sum(math.ceil(n / block) * block for n in lengths)
+
+
+def contiguous_slots(lengths: Sequence[int], reserved: int) -> int:
+    """Token slots they hold where each reserves the longest sequence that may come."""
+    if any(n > reserved for n in lengths):
+        raise RidgelineError(f"a sequence of {max(lengths)} tokens does not fit into {reserved} reserved")
+    return len(lengths) * reserved
+
+
+def wasted_share(lengths: Sequence[int], slots: int) -> float:
+    """The share of the held slots that holds nothing; NaN where none are held."""
+    return 1 - sum(lengths) / slots if slots else math.nan
 
 
 def decode_step_s(

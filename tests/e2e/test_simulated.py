@@ -68,12 +68,20 @@ def test_json_is_one_object_with_every_promised_figure(
     }
 
 
+@pytest.mark.parametrize(
+    ("serves", "told"),
+    [
+        ((), ("--model-config", str(ROOT / "scenarios" / "llama-3.1-8b.config.json"))),
+        ((), ("--model-config", "Llama-3.1-8B")),
+        (("--model", "meta-llama/Llama-3.1-8B-Instruct"), ()),
+    ],
+    ids=["by its configuration", "by a name of the catalogue", "by the name it is served under"],
+)
 def test_predictions_stand_beside_the_figures_when_model_and_hardware_are_named(
-    simulated: Callable[..., str], ridgeline: Run
+    simulated: Callable[..., str], ridgeline: Run, serves: tuple[str, ...], told: tuple[str, ...]
 ) -> None:
-    config = str(ROOT / "scenarios" / "llama-3.1-8b.config.json")
-    done = ridgeline(*fast(simulated(*LAW), "--batch-sizes", "2", "--waves", "2", "--json", "--hardware", "A100-SXM-80GB",
-                           "--model-config", config))  # fmt: skip
+    done = ridgeline(*fast(simulated(*LAW, *serves), "--batch-sizes", "2", "--waves", "2", "--json",
+                           "--hardware", "A100-SXM-80GB", *told))  # fmt: skip
     predicted = one_object(done.stdout)["points"][0]["predicted"]
     assert {"ttft_ms", "itl_ms", "e2e_ms", "output_tokens_per_s", "limit"} <= set(predicted)
     assert 5 < predicted["itl_ms"] < 20 and predicted["limit"] == "memory_bandwidth"
@@ -135,6 +143,21 @@ def test_what_the_user_can_mend_is_one_line(arguments: tuple[str, ...], code: in
     done = ridgeline("run", "--url", simulated("--context-tokens", "4096", *LAW), *arguments)
     assert done.returncode == code, done.stderr
     assert said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("{like: H100-SXM, name: ours}", "predicted TTFT"),
+        ("[{like: T4}, {like: A10}]", "it has 2 rows"),
+        ("{like: H1000}", "mine.yaml"),
+    ],
+)
+def test_a_hardware_row_of_ones_own_is_a_file(row: str, said: str, ridgeline: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(row)
+    done = ridgeline("run", "--url", "127.0.0.1:9", "--dry-run", "--batch-sizes", "1", "--hardware", "mine.yaml",
+                     "--model-config", "Llama-3.1-8B")  # fmt: skip
+    assert done.returncode == 0 and said in done.stdout + done.stderr
 
 
 def test_a_folder_that_holds_a_run_is_never_overwritten(simulated: Callable[..., str], ridgeline: Run) -> None:
