@@ -19,7 +19,7 @@ from harness.progress import Progress
 from harness.records import RidgelineError, Table
 from harness.scenario import Scenario, load, validate
 from harness.theory.calibration import from_dict
-from harness.theory.hardware import Hardware, catalogue, find, from_row, from_yaml, prices
+from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict
 from harness.theory.shape import Layers, Model
 
@@ -226,14 +226,14 @@ def _model(theory: Mapping[str, Any], engine: Mapping[str, Any]) -> Model:
 def _hardware(
     theory: Mapping[str, Any], engine: Mapping[str, Any], model: Model | None, progress: Progress
 ) -> Hardware:
-    from harness import machine
+    from harness import machine, models
 
     name = theory["hardware"]
     if name and name != "machine":
-        path = Path(name)
-        if path.suffix in (".json", ".yaml", ".yml"):
-            return _row_of(path)
-        return find(name)
+        rows = models.hardware(name)
+        if len(rows) != 1:
+            raise RidgelineError(f"hardware file {name}: it has {len(rows)} rows, and one is needed here")
+        return rows[0]
     if not name and not engine.get("launched"):
         raise RidgelineError("the hardware is not known")
     # llama.cpp's wheel and vLLM's CPU build compute on the cores, whatever else the machine has.
@@ -243,17 +243,6 @@ def _hardware(
         return find(str(gpus[0]["name"] if isinstance(gpus[0], dict) else gpus[0]))
     working_set = model.weight_bytes(theory["dtype"]) if model else None
     return from_row(machine.row(working_set, progress.line))
-
-
-def _row_of(path: Path) -> Hardware:
-    """The one hardware row in a file: JSON is YAML too."""
-    try:
-        rows = from_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RidgelineError(f"hardware file {path}: {getattr(error, 'strerror', None) or error}") from error
-    if len(rows) != 1:
-        raise RidgelineError(f"hardware file {path}: it has {len(rows)} rows, and one is needed here")
-    return rows[0]
 
 
 def report(folders: Sequence[Path], page: Path, hardware_name: str | None, model_config: str | None,

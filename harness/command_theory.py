@@ -18,7 +18,6 @@ import pandas as pd
 from harness import models, store, units
 from harness.records import RidgelineError
 from harness.theory import calibrate as fitting
-from harness.theory import hardware as table_of_hardware
 from harness.theory import predict as sentences
 from harness.theory import validate as holding
 from harness.theory.calibration import Calibration, from_dict
@@ -81,26 +80,27 @@ def _sweeps(asked: Asked) -> Iterator[_Part]:
     draft = (models.load(asked.draft[0]), *asked.draft[1:]) if asked.draft else None
     batch, i, o = (np.array(x) for x in zip(*itertools.product(asked.batch, asked.input_tokens, asked.output_tokens), strict=True))  # fmt: skip
     rates: list[float | None] = [*asked.rate] if asked.rate else [None]
-    for name, dtype, tp, rate in itertools.product(asked.hardware, asked.dtype, asked.tp, rates):
-        row = _hardware(name.strip())
+    rows = [row for name in asked.hardware for row in _hardware(name.strip())]
+    for row, dtype, tp, rate in itertools.product(rows, asked.dtype, asked.tp, rates):
         try:
             found = sweep(model, row, batch=batch, input_tokens=i, output_tokens=o, dtype=dtype, kv_dtype=asked.kv_dtype,
                           tp=tp, pp=asked.pp, dp=max(1, asked.ep // tp), mode=asked.mode, rate=rate,
                           framework=asked.framework, cached_share=asked.prefix_share, draft=draft, calibration=calibration)  # fmt: skip
             yield _Part(row, dtype, tp, rate, found, "")
         except RidgelineError as problem:
-            if len(asked.hardware) * len(asked.dtype) * len(asked.tp) == 1:
+            if len(rows) * len(asked.dtype) * len(asked.tp) == 1:
                 raise
             yield _Part(row, dtype, tp, rate, None, str(problem))
 
 
-def _hardware(name: str) -> Hardware:
+def _hardware(name: str) -> list[Hardware]:
+    """Rows of this name, of a file of the user's rows, or the one of this machine."""
     if name != "machine":
-        return table_of_hardware.find(name)
+        return models.hardware(name)
     from harness import machine
     from harness.progress import Progress
 
-    return from_row(machine.row(None, Progress().line))
+    return [from_row(machine.row(None, Progress().line))]
 
 
 def _predict_json(found: list[_Part]) -> str:

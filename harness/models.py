@@ -1,4 +1,4 @@
-"""The model's configuration: a folder, a config.json or a GGUF file from the disk, or a name of the catalogue -> Model."""
+"""What a name or a path stands for: a model's configuration or a row of hardware, from the disk or from the catalogues."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.records import RidgelineError
 from harness.theory import architecture, catalogue, gguf
+from harness.theory.hardware import Hardware, find, from_yaml
 
 MAX_CONFIG_BYTES = 10 * 2**20
 
@@ -28,6 +29,20 @@ def load(path: str | Path, name: str = "") -> architecture.Model:
         return _gguf(found, name) if found.suffix == ".gguf" else _config(found, name)
     except OSError as error:
         raise RidgelineError(f"model configuration {path}: {error.strerror or error}; give a readable file") from error
+
+
+def hardware(name: str) -> list[Hardware]:
+    """The row of this name, or the rows of a .yaml file (JSON is YAML too).
+
+    Raises RidgelineError for an unknown name, an unreadable file or a wrong row.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        return [find(name)]
+    try:
+        return from_yaml(path.read_text(encoding="utf-8"), name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RidgelineError(f"hardware file {name}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _file(path: Path) -> Path:
