@@ -203,7 +203,7 @@ def beats_physics(e: Evidence) -> Finding | None:
     if not e.predicted:
         return None
     names = {"ttft_s": "TTFT", "itl_s": "ITL", "e2e_s": "E2E"}
-    beaten = [label for name, label in names.items() if e.row[name]["mean"] < 0.98 * e.predicted[name]["low"]]
+    beaten = [label for name, label in names.items() if e.row[name]["mean"] < 0.98 * e.predicted[name]["bound"]]
     if not beaten:
         return None
     return Finding("V012", "suspect", f"{', '.join(beaten)} faster than the hardware's bound",

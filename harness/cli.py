@@ -86,6 +86,7 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="Precision of the weights.")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Precision of the KV cache.")] = None,
     tp: Annotated[int | None, typer.Option(help="Accelerators that share each layer.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="A file of `ridgeline calibrate` to predict with.")] = None,
     workers: Annotated[str | None, typer.Option(help="Processes to shard the load over; auto: one a core.")] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to shard over; local starts one.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the key.")] = None,
@@ -138,7 +139,8 @@ def run(
             "shared_prefix": shared_prefix, "prompts": prompts, "turns": turns, "think_time_s": think_time,
             "arrivals": arrivals, "burstiness": burstiness, "waves": waves, "requests": requests, "duration_s": seconds,
             "trials": trials, "precision": precision, "max_time_s": max_time, "warmup": warmup, "api": api, "transport": transport, "same_prompt": same_prompt or None, "seed": seed},
-        "theory": {"hardware": hardware, "model_config": model_config, "dtype": dtype, "kv_dtype": kv_dtype, "tp": tp},
+        "theory": {"hardware": hardware, "model_config": model_config, "dtype": dtype, "kv_dtype": kv_dtype, "tp": tp,
+                   "calibration": calibration},
         "client": {"workers": int(workers) if workers and workers.isdigit() else workers, "ray": ray,
                    "preflight": False if no_preflight else None},
         "limits": {"max_error_rate": max_error_rate, "run_s": timeout, "connect_s": connect_timeout,
@@ -163,6 +165,7 @@ def report(
     ] = None,
     hardware: Annotated[str | None, typer.Option(help="Predict for this row instead of the run's own.")] = None,
     model_config: Annotated[str | None, typer.Option(help="Model configuration, instead of the run's own.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="A file of `ridgeline calibrate` to predict with.")] = None,
     definitions: Annotated[
         str | None, typer.Option(help="Show the figures under another tool's formulas too: `ridgeline definitions`.")
     ] = None,
@@ -170,7 +173,7 @@ def report(
     """Write the page of one run, or of several side by side; rebuilt from the records on disk."""
     from harness import command
 
-    typer.echo(command.report(runs, out or runs[0] / "report.html", hardware, model_config, definitions))
+    typer.echo(command.report(runs, out or runs[0] / "report.html", hardware, model_config, definitions, calibration))
 
 
 @app.command()
@@ -204,6 +207,74 @@ def machine(
     from harness import command
 
     typer.echo(command.machine(out, fresh, as_json, gpu))
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Option(help="A name of the catalogue, a config.json, its folder, or a GGUF file.")],
+    hardware: Annotated[str, typer.Option(help="Rows of `ridgeline hardware`, or `machine`, with commas between.")],
+    batch_sizes: Annotated[str, typer.Option(help="Requests at once: 1,8,32.")] = "1,2,4,8,16,32,64,128",
+    input_tokens: Annotated[str, typer.Option(help="Tokens of each prompt: 350, or several.")] = "350",
+    output_tokens: Annotated[str, typer.Option(help="Tokens of each answer: 150, or several.")] = "150",
+    dtype: Annotated[
+        str, typer.Option(help="Precisions of the weights: bf16,fp8,int4; default: as published.")
+    ] = "auto",
+    kv_dtype: Annotated[str, typer.Option(help="Precision of the KV cache.")] = "auto",
+    tp: Annotated[str, typer.Option(help="Accelerators that share each layer: 1,2,4.")] = "1",
+    pp: Annotated[int, typer.Option(help="Stages of a pipeline.")] = 1,
+    ep: Annotated[
+        int,
+        typer.Option(
+            help="Accelerators that the experts are spread over; beyond tp, the attention is in data parallel."
+        ),
+    ] = 1,
+    mode: Annotated[str, typer.Option(help="wave, closed or open.")] = "wave",
+    rate: Annotated[str | None, typer.Option(help="Requests per second (open): 1,2,5.")] = None,
+    framework: Annotated[str | None, typer.Option(help="vllm, sglang, tensorrt-llm, llama.cpp, transformers …")] = None,
+    prefix_share: Annotated[float, typer.Option(help="Share of each prompt that a prefix cache holds.")] = 0.0,
+    draft_model: Annotated[str | None, typer.Option(help="A model that speculates.")] = None,
+    draft_tokens: Annotated[int, typer.Option(help="Tokens that it proposes at a time.")] = 3,
+    acceptance: Annotated[float, typer.Option(help="Share of its tokens that are accepted.")] = 0.7,
+    calibration: Annotated[Path | None, typer.Option(help="A file of `ridgeline calibrate`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Predict before any server is started or hardware bought: a row for each combination."""
+    from harness import command_theory as theory
+
+    counts = {"batch": batch_sizes, "input_tokens": input_tokens, "output_tokens": output_tokens, "tp": tp}
+    numbers = {name: _list(text, int, f"--{name.replace('_', '-')}") or [] for name, text in counts.items()}
+    asked = theory.Asked(model, hardware.split(","), dtype.split(","), kv_dtype, pp, ep, mode if rate is None else "open",
+                         _list(rate, float, "--rate"), framework, prefix_share, calibration,
+                         (draft_model, draft_tokens, acceptance) if draft_model else None, **numbers)  # fmt: skip
+    typer.echo(theory.predict(asked, as_json))
+
+
+@app.command()
+def calibrate(
+    source: Annotated[Path, typer.Argument(help="A run folder, or a table (CSV) of measured cells.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The calibration, for --calibration.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the calibration as JSON.")] = False,
+) -> None:
+    """Fit a handful of efficiency factors to at most ten measured cells, and name the next cell to measure."""
+    from harness import command_theory as theory
+
+    typer.echo(theory.calibrate(source, out, as_json))
+
+
+@app.command()
+def validate(
+    table: Annotated[Path, typer.Argument(help="Measurements that others made (.csv or .csv.gz).")],
+    calibrate_on: Annotated[
+        str | None,
+        typer.Option(help="Cells to calibrate on first: a table, COLUMN=VALUE,... or so many of each server."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write each prediction beside its row (CSV).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """Hold predictions against a table of measurements: errors by group, interval coverage, rows faster than physics."""
+    from harness import command_theory as theory
+
+    typer.echo(theory.validate(table, calibrate_on, out, as_json))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

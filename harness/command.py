@@ -18,6 +18,7 @@ from harness import redaction, store, summary, units
 from harness.progress import Progress
 from harness.records import RidgelineError, Table
 from harness.scenario import Scenario, load, validate
+from harness.theory.calibration import from_dict
 from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict
 from harness.theory.shape import Layers, Model
@@ -99,12 +100,14 @@ def _exit_code(found: Mapping[str, Any], scenario: Scenario, strict: bool) -> in
 
 
 def summarise(folder: Path, progress: Progress | None = None, hardware_name: str | None = None,
-              model_config: str | None = None) -> dict[str, Any]:  # fmt: skip
+              model_config: str | None = None, calibration: str | None = None) -> dict[str, Any]:  # fmt: skip
     """Compute summary.json from what is on disk.  Theory's inputs are kept in run.json, so that any machine can."""
     loaded = store.load(folder)
     theory = loaded.run["scenario"]["theory"]
-    if hardware_name or model_config or "theory" not in loaded.run:
-        wanted = dict(theory) | {k: v for k, v in (("hardware", hardware_name), ("model_config", model_config)) if v}
+    given = {"hardware": hardware_name, "model_config": model_config, "calibration": calibration}
+    given = {key: value for key, value in given.items() if value}
+    if given or "theory" not in loaded.run:
+        wanted = dict(theory) | given
         engine = {"served": loaded.run.get("model"), **(loaded.run.get("engine") or {})}
         loaded.run["theory"] = theory_inputs(wanted, engine, progress or Progress(True))
         store.write_json(folder / store.RUN, loaded.run)
@@ -186,7 +189,13 @@ def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress
     except RidgelineError as problem:
         missing.append({"saw": f"no prediction: {problem}",
                         "do": "give --hardware NAME (`ridgeline hardware` lists them), or `machine` for this one"})  # fmt: skip
+    calibration = None
+    if path := theory.get("calibration"):
+        from harness.command_theory import calibration_of
+
+        calibration = calibration_of(Path(path)).as_dict()
     return {
+        "calibration": calibration,
         "model": dataclasses.asdict(model) if model else None,
         "hardware": row.as_dict() if row else None,
         "missing": missing,
@@ -237,8 +246,8 @@ def _hardware(
 
 
 def report(folders: Sequence[Path], page: Path, hardware_name: str | None, model_config: str | None,
-           as_tool: str | None = None) -> str:  # fmt: skip
-    found = [summarise(folder, None, hardware_name, model_config) for folder in folders]
+           as_tool: str | None = None, calibration: str | None = None) -> str:  # fmt: skip
+    found = [summarise(folder, None, hardware_name, model_config, calibration) for folder in folders]
     if as_tool:
         for one, folder in zip(found, folders, strict=True):
             one["definitions"] = _compared(folder, as_tool)
@@ -346,7 +355,8 @@ def _predicted_text(inputs: Mapping[str, Any], scenario: Scenario, batch: int) -
     model, row = model_from(inputs["model"]), from_row(inputs["hardware"])
     found = predict(
         model, row, batch=batch, input_tokens=sizes[0], output_tokens=sizes[1], dtype=t.dtype,
-        kv_dtype=t.kv_dtype, tp=t.tp, mode=w.mode,
+        kv_dtype=t.kv_dtype, tp=t.tp, pp=t.pp, mode=w.mode, framework=t.framework or scenario.engine.kind,
+        calibration=from_dict(inputs["calibration"], "run.json") if inputs["calibration"] else None,
     )  # fmt: skip
     if not found.fits:
         need, have = units.size(model.weight_bytes(t.dtype), 3), units.size(row.mem_bytes * t.tp, 3)

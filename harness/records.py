@@ -107,8 +107,8 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A predicted value in SI units.  `terms` are the named parts, in the unit of the value; `combine` says how they
-    make it: "sum", or a formula in words.  `because` is a sentence with the numbers put in."""
+    """A predicted value in SI units.  `terms` are the named parts and add up to it; `because` is a sentence with the
+    numbers put in.  From `low` to `high` is the 90 % interval; `bound` is what no measurement can beat."""
 
     metric: str
     value: float
@@ -117,6 +117,7 @@ class Prediction:
     limit: str
     terms: dict[str, float]
     because: str
+    bound: float = NAN
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,6 +273,12 @@ class Theory(Part):
     """Precision of the KV cache."""
     tp: Annotated[int, Field(ge=1, le=1024)] = 1
     """Accelerators that share each layer."""
+    pp: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Stages, one accelerator (or `tp` of them) each."""
+    framework: str | None = None
+    """What serves, where the engine's kind does not tell: vllm, sglang, tensorrt-llm, llama.cpp, transformers …"""
+    calibration: str | None = None
+    """A file that `ridgeline calibrate` wrote: predictions are those of this server, not of any."""
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(),
                               use_attribute_docstrings=True)  # fmt: skip
 

@@ -13,6 +13,7 @@ from harness.lengths import typical
 from harness.records import NAN, Finding, RidgelineError
 from harness.tally import Blocks, Tally, count
 from harness.theory import seeds
+from harness.theory.calibration import from_dict
 from harness.theory.hardware import Hardware
 from harness.theory.predict import plane, predict
 from harness.theory.shape import Model
@@ -28,6 +29,7 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
     scenario = run["scenario"]
     workload = scenario["workload"]
     theory = scenario["theory"]
+    asked = _asked(run, theory)
     asked_in, asked_out = (workload[key] if isinstance(workload[key], int) else None for key in LENGTHS)
     if workload.get("prompts") or workload.get("trace") or workload.get("turns", 1) > 1:
         asked_in = None
@@ -49,7 +51,7 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         seen = [s for s in samples if any(start <= s["at_s"] <= end for start, end in spans)]
         row["batch_ran"] = _batch_ran(seen)
         row |= _beside(tally, samples, spans)
-        row["predicted"] = _predicted(row, workload, theory, model, hardware)
+        row["predicted"] = _predicted(row, workload, asked, model, hardware)
         evidence = checks.Evidence(row, tally, workload["mode"], felt, seen, row["predicted"], repeats, workload["api"])
         findings = checks.run_checks(evidence)
         row["verdict"] = checks.verdict(findings)
@@ -71,7 +73,7 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         "findings": [dataclasses.asdict(f) for f in findings],
         "verdict": verdict,
         "points": points,
-        "plane": _plane(workload, points, theory, model, hardware),
+        "plane": _plane(workload, points, asked, model, hardware),
     }
     return summary | {"verdict_sentence": sentence(summary)}
 
@@ -94,7 +96,20 @@ def _batch_ran(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"mean": float(np.mean(running)), "max": max(running), "n": len(running), "source": source}
 
 
-def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], theory: Mapping[str, Any], model: Model | None,
+def _asked(run: Mapping[str, Any], theory: Mapping[str, Any]) -> dict[str, Any]:
+    """What a prediction takes beside model, hardware and point.  Runs of older formats have no calibration."""
+    stored = (run.get("theory") or {}).get("calibration")
+    return {
+        "dtype": theory["dtype"],
+        "kv_dtype": theory["kv_dtype"],
+        "tp": theory["tp"],
+        "pp": theory.get("pp", 1),
+        "framework": theory.get("framework") or (run.get("engine") or {}).get("kind"),
+        "calibration": from_dict(stored, "run.json") if stored else None,
+    }
+
+
+def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], asked: Mapping[str, Any], model: Model | None,
                hardware: Hardware | None) -> dict[str, Any] | None:  # fmt: skip
     if model is None or hardware is None:
         return None
@@ -107,8 +122,7 @@ def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], theory: Mapp
         return None
     try:
         found = predict(model, hardware, batch=max(1, round(batch)), input_tokens=round(inputs),
-                        output_tokens=round(outputs), dtype=theory["dtype"], kv_dtype=theory["kv_dtype"],
-                        tp=theory["tp"], mode=workload["mode"]).as_dict()  # fmt: skip
+                        output_tokens=round(outputs), mode=workload["mode"], **asked).as_dict()  # fmt: skip
     except RidgelineError:
         return None
     measured = {
@@ -119,7 +133,7 @@ def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], theory: Mapp
     return found
 
 
-def _plane(workload: Mapping[str, Any], points: Sequence[Mapping[str, Any]], theory: Mapping[str, Any], model: Model | None,
+def _plane(workload: Mapping[str, Any], points: Sequence[Mapping[str, Any]], asked: Mapping[str, Any], model: Model | None,
            hardware: Hardware | None) -> dict[str, Any] | None:  # fmt: skip
     if model is None or hardware is None:
         return None
@@ -130,7 +144,7 @@ def _plane(workload: Mapping[str, Any], points: Sequence[Mapping[str, Any]], the
         return None
     try:
         return plane(model, hardware, input_tokens=round(lengths[0]), output_tokens=round(lengths[1]),
-                     dtype=theory["dtype"], tp=theory["tp"])  # fmt: skip
+                     **asked)  # fmt: skip
     except RidgelineError:
         return None
 

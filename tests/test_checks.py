@@ -47,7 +47,7 @@ def test_a_quiet_run_of_many_requests_is_valid_and_says_nothing() -> None:
 
 
 BURST = (0.5 + 1e-4 * np.arange(20)).astype(np.float32)
-BOUND = {name: {"low": 0.2} for name in ("ttft_s", "itl_s", "e2e_s")}
+BOUND = {name: {"bound": 0.2} for name in ("ttft_s", "itl_s", "e2e_s")}
 SPEAK: list[tuple[str, str, str, dict[str, Any]]] = [
     ("V001", "suspect", "a lag of 3 ms beside a TTFT of 50", {"lag_p99_s": 0.003}),
     ("V001", "invalid", "a lag of 60 ms", {"lag_p99_s": 0.060}),

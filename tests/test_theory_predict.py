@@ -51,16 +51,18 @@ def at(model=LLAMA_2_7B, gpu=A100, **point):
 
 def test_one_stream_of_llama_2_7b_reads_its_weights_once_a_token():
     itl = at().itl_s
-    read = (6_738_415_616 - 32000 * 4096) * 2 / 2039e9
-    assert itl.terms["weights"] == pytest.approx(read)
-    assert itl.terms["kv cache"] == pytest.approx(425 * 524_288 / 2039e9)
+    read, cache = (6_738_415_616 - 32000 * 4096) * 2 / 2039e9, 425 * 524_288 / 2039e9
+    assert itl.bound == pytest.approx(read + cache, rel=1e-3), "at the data sheet's rate nothing is faster"
+    assert 0.6 < read / itl.terms["weights"] < 0.9, "kernels reach most of it (theory.md: 0.66 measured at M = 1)"
+    assert itl.terms["kv cache"] > cache
     assert itl.limit == "memory_bandwidth"
 
 
 def test_a_prompt_of_350_tokens_is_computed():
     ttft = at(gpu=A10).ttft_s
     assert ttft.limit == "compute"
-    assert ttft.value == pytest.approx(0.039, rel=0.07), "seed 003's 39 ms, less the lm_head of 349 tokens"
+    assert ttft.bound == pytest.approx(0.039, rel=0.07), "seed 003's 39 ms, less the lm_head of 349 tokens"
+    assert 1.2 < ttft.value / ttft.bound < 3
 
 
 def test_a_prompt_of_one_token_is_bound_by_reading_the_weights():
@@ -85,8 +87,9 @@ def test_llama_3_8b_in_16_bit_does_not_fit_a_t4_and_says_so():
 
 def test_the_largest_batch_fills_nine_tenths_of_the_memory():
     point = at(LLAMA_3_8B, A10)
-    spare = 0.9 * 24e9 - 2 * 8_030_261_248
-    assert point.largest_batch == int(spare / (500 * 131_072))
+    usable = 23028 * 2**20  # what nvidia-smi shows for an A10
+    spare = 0.9 * usable - 2 * 8_030_261_248
+    assert 0.75 * spare / (500 * 131_072) < point.largest_batch < spare / (500 * 131_072), "a pass needs room too"
 
 
 def test_beyond_the_largest_batch_requests_wait_for_memory():
@@ -113,8 +116,8 @@ def test_the_plane_bends_at_the_ridge():
     ):
         assert roof <= memory * (1 + 1e-9)
         assert roof <= compute
-        if batch <= p["ridge_batch"]:
-            assert roof == pytest.approx(memory)
+        if batch <= p["ridge_batch"] / 4:
+            assert roof > memory / 2
     assert p["largest_batch"] == at(LLAMA_3_8B, A10).largest_batch
     json.dumps(p, allow_nan=False)
 
@@ -131,13 +134,13 @@ def test_a_dtype_the_hardware_lacks_is_computed_in_the_nearest_and_said_so():
 def test_int4_weights_are_read_narrow_and_multiplied_wide():
     wide, narrow = at(batch=8), at(batch=8, dtype="int4")
     assert narrow.itl_s.terms["weights"] < wide.itl_s.terms["weights"] / 3
-    assert narrow.ttft_s.terms["matmul"] == wide.ttft_s.terms["matmul"]
+    assert narrow.ttft_s.terms["matmul"] > 0.8 * wide.ttft_s.terms["matmul"]
 
 
 def test_fp8_doubles_the_rate_of_the_layers_on_an_h100():
     h100 = hardware.find("H100-SXM")
     ratio = at(gpu=h100).ttft_s.terms["matmul"] / at(gpu=h100, dtype="fp8").ttft_s.terms["matmul"]
-    assert ratio == pytest.approx(2, rel=0.01)
+    assert 1.3 < ratio < 2, "twice on paper; kernels reach less of the peak in fp8"
 
 
 def test_a_16_bit_dtype_of_a_quantized_model_is_that_of_its_activations():
@@ -147,7 +150,7 @@ def test_a_16_bit_dtype_of_a_quantized_model_is_that_of_its_activations():
 
 
 def test_a_narrow_cache_is_read_faster_and_holds_more():
-    assert at(kv_dtype="fp8").itl_s.terms["kv cache"] == at().itl_s.terms["kv cache"] / 2
+    assert 0.45 < at(kv_dtype="fp8").itl_s.terms["kv cache"] / at().itl_s.terms["kv cache"] < 0.7
     assert at(kv_dtype="fp8").largest_batch >= 2 * at().largest_batch
 
 
@@ -161,8 +164,8 @@ def test_disputed_hardware_says_so_at_every_point():
 def test_tensor_parallelism_divides_the_work_and_adds_the_link():
     one, eight = at(LLAMA_3_8B, batch=16), at(LLAMA_3_8B, batch=16, tp=8)
     assert eight.itl_s.terms["weights"] == pytest.approx(one.itl_s.terms["weights"] / 8)
-    assert eight.itl_s.terms["link latency"] == 64 * 6.5e-6
-    assert eight.itl_s.terms["link volume"] == pytest.approx(64 * 2 * 7 / 8 * 16 * 4096 * 2 / 300e9)
+    assert 5e-6 < eight.itl_s.terms["link latency"] / 64 < 12e-6, "two all-reduces a layer, 5-8 us each over NVLink"
+    assert eight.itl_s.terms["link volume"] > 64 * 2 * 7 / 8 * 16 * 4096 * 2 / 300e9
 
 
 def test_more_accelerators_than_kv_heads_hold_copies():
@@ -171,7 +174,8 @@ def test_more_accelerators_than_kv_heads_hold_copies():
 
 
 def test_a_pcie_link_has_the_higher_floor():
-    assert at(LLAMA_3_8B, hardware.find("L40S"), tp=8).itl_s.terms["link latency"] == pytest.approx(64 * 43e-6)
+    over_pcie = at(LLAMA_3_8B, hardware.find("L40S"), tp=8).itl_s.terms["link latency"]
+    assert over_pcie > 2 * at(LLAMA_3_8B, tp=8).itl_s.terms["link latency"]
 
 
 @pytest.mark.parametrize(

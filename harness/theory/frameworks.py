@@ -1,0 +1,125 @@
+"""What a serving framework adds to the hardware's work: rows of data (`frameworks.csv`), found by name."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+from harness.theory.hardware import Hardware
+
+
+@dataclass(frozen=True, slots=True)
+class Framework:
+    """`step_s` host time of a step that no GPU work hides, `sequence_s` more for each sequence in it; `launch_s` of a
+    kernel launched from the host where no graph is replayed (`eager_*`), which counts where it is longer than the work.
+    `request_s` from a request's arrival to its first pass; `stream_s` of sending a token on, which is done beside the
+    step and bounds it where many stream; `link_s` more for each transfer between accelerators.
+
+    Times the kernels' own laws: `gemm` (reading weights), `compute`, `attention`; decode attention also by group size ^
+    `grouped` (kernels that read a KV head for several of its query heads), experts by `experts`, and `expert_layer_s`
+    for each layer with them: routing, permuting, gathering.
+
+    `pool`: share of the memory taken in advance, of "all" of it or for the "cache" alone; 0: as needed.  `chunk`: most
+    prompt tokens of a pass.  `mixed`: prefills run in the passes of decoding steps.  `layered`: several accelerators
+    hold layers each and work in turn.  `all_logits`: the prefill computes those of every prompt token.
+    """
+
+    name: str
+    step_s: float = 0.0
+    sequence_s: float = 0.0
+    launch_s: float = 5e-6
+    link_s: float = 0.0
+    stream_s: float = 0.0
+    request_s: float = 0.0
+    gemm: float = 1.0
+    compute: float = 1.0
+    attention: float = 1.0
+    grouped: float = 0.0
+    experts: float = 1.4
+    expert_layer_s: float = 30e-6
+    eager_prefill: bool = True
+    eager_decode: bool = False
+    pool: float = 0.9
+    pool_of: str = "all"
+    chunk: int = 8192
+    mixed: bool = True
+    layered: bool = False
+    all_logits: bool = False
+
+
+# Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
+SPELLINGS = {
+    "autoawq": "autoawq",
+    "lightning": "lightning",
+    "exllama": "exllama",
+    "onnx": "onnx",
+    "ctranslate": "ctranslate",
+    "ctransformers": "llama.cpp",
+    "llama.cpp": "llama.cpp",
+    "llamacpp": "llama.cpp",
+    "llama_cpp": "llama.cpp",
+    "optimum nvidia": "tensorrt-llm",
+    "tensorrt": "tensorrt-llm",
+    "trtllm": "tensorrt-llm",
+    "trt-llm": "tensorrt-llm",
+    "vllm": "vllm",
+    "sglang": "sglang",
+    "lmdeploy": "lmdeploy",
+    "turbomind": "lmdeploy",
+    "deepspeed": "deepspeed",
+    "transformers": "transformers",
+    "autogptq": "transformers",
+    "huggingface": "transformers",
+    "pytorch": "transformers",
+}
+_UNITS = {"us": 1e-6, "ms": 1e-3}
+
+
+@cache
+def _rows() -> tuple[tuple[dict[str, str], Framework], ...]:
+    text = resources.files("harness.theory").joinpath("frameworks.csv").read_text("utf-8")
+    rows = csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))
+    return tuple((row, _framework(row)) for row in rows)
+
+
+def _framework(row: dict[str, str]) -> Framework:
+    given: dict[str, object] = {}
+    for column, text in list(row.items())[4:-1]:
+        if not text:
+            continue
+        name, _, unit = column.rpartition("_")
+        if unit in _UNITS:
+            given[f"{name}_s"] = float(text) * _UNITS[unit]
+        elif text in ("yes", "no"):
+            given[column] = text == "yes"
+        else:
+            given[column] = text if column == "pool_of" else float(text)
+    label = row["framework"] if row["setting"] in ("*", "served") else f"{row['framework']} (offline, 2024)"
+    return Framework(label, **given)  # type: ignore[arg-type]
+
+
+def named(name: str | None) -> str:
+    """The framework's name as the rows have it, for any that it goes by ("TensorRT-LLM 0.9.0"); "generic" for others."""
+    plain = (name or "").casefold()
+    return next((ours for spelling, ours in SPELLINGS.items() if spelling in plain), "generic")
+
+
+def find(name: str | None, hardware: Hardware, dtype: str = "", *, offline: bool = False) -> Framework:
+    """The row for a framework on this hardware with weights of this dtype; `offline`: as public static batches ran."""
+    return _find(named(name), hardware.name, hardware.measured, dtype, offline)
+
+
+@cache
+def _find(name: str, hardware: str, measured: bool, dtype: str, offline: bool) -> Framework:
+    setting = "offline" if offline and not measured else "served"
+    for row, framework in _rows():
+        if (
+            row["framework"] == name
+            and row["setting"] in ("*", setting)
+            and (row["hardware"] == "*" or hardware.startswith(row["hardware"]))
+            and row["dtype"] in ("*", dtype)
+        ):
+            return framework
+    raise AssertionError(f"frameworks.csv has no general row of {name}")

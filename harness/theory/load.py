@@ -1,0 +1,185 @@
+"""How passes follow one another: a static batch, a closed loop of clients, an open one; seconds by term, arrays alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.theory import kernels, memory
+from harness.theory.roofline import Pass, Setup, Terms, decode_step, prefill_pass
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What a request meets on average: `ttft` and `itl` add up by their terms; `busy_s` is the time in which `requests`
+    of them are served, the batch that runs is `running`, the most that fits `largest` (0: not one).  `*_bound_s`: the
+    strict lower bounds."""
+
+    ttft: Terms
+    itl: Terms
+    hidden_ttft: Terms
+    hidden_itl: Terms
+    requests: Array
+    busy_s: Array
+    running: Array
+    largest: Array
+    ttft_bound_s: Array
+    itl_bound_s: Array
+    busy_bound_s: Array
+
+
+def total(terms: Terms) -> Array:
+    return np.asarray(sum(terms.values()))
+
+
+def passes_for(s: Setup, tokens: Array) -> Array:
+    """Passes that a prefill of so many tokens in all takes: the framework's chunk each."""
+    return np.maximum(1.0, np.ceil(tokens / s.framework.chunk))
+
+
+def prefill_all(s: Setup, prompts: Array, tokens: Array, cached_share: float = 0.0) -> Pass:
+    """`prompts` prompts in as many passes as the framework's chunk asks for, over the stages of a pipeline."""
+    past = tokens * cached_share
+    one = prefill_pass(s, prompts, tokens - past, past)
+    passes = passes_for(s, prompts * tokens)
+    again = {"launch": one.terms["launch"], "host": s.factors.overhead * s.framework.step_s + 0 * passes}
+    terms = {k: v + (passes - 1) * again[k] if k in again else v for k, v in one.terms.items()}
+    bubbles = (1 + (s.pp - 1) / np.maximum(prompts, passes)) / s.pp if s.pp > 1 and not s.framework.layered else 1.0
+    return Pass(terms, one.hidden, one.bound / s.pp).scaled_terms(bubbles)
+
+
+def static(
+    s: Setup, batch: Array, tokens: Array, output: Array, cached_share: float = 0.0, *, progressive: bool = False
+) -> Timing:
+    """`batch` requests at once, prefilled together; those whose cache does not fit wait for a round of the largest.
+
+    `progressive`: a first token counts when its own pass of the prefill has ended, not the whole batch's.
+    """
+    largest = memory.largest_batch(s, tokens + output)
+    size = np.clip(batch, 1.0, np.maximum(largest, 1.0))
+    prefill, step, took = _round(s, size, tokens, output, cached_share)
+    full = np.floor(batch / size)
+    rest = batch - full * size
+    busy, waiting = full * took, (full - 1) / 2 * took
+    if np.any(rest > 0):
+        _, _, last = _round(s, np.maximum(rest, 1.0), tokens, output, cached_share)
+        waiting = np.where(rest > 0, (full * size * waiting + rest * full * took) / batch, waiting)
+        busy = busy + np.where(rest > 0, last, 0.0)
+    ttft, itl = dict(prefill.terms), dict(step.terms)
+    steps = np.maximum(output - 1, 0)
+    if progressive:
+        passes = passes_for(s, size * tokens)
+        early = prefill.total * (1 - (passes + 1) / (2 * passes))
+        ttft = {k: v * (passes + 1) / (2 * passes) for k, v in ttft.items()}
+        itl["prefills of others"] = early / np.maximum(steps, 1)
+    if np.any(waiting > 0):
+        ttft["waiting for memory"] = waiting
+    past = tokens * cached_share
+    whole = prefill_pass(s, batch, tokens - past, past).bound / s.pp
+    mean = np.maximum(s.weights_s() / s.gpus * s.tp, whole * (batch + 1) / (2 * batch))  # as if one after the other
+    step_bound = decode_step(s, size, tokens + 1, tokens + np.maximum(1, steps)).bound / s.pp
+    busy_bound = whole + steps * decode_step(s, batch, tokens + 1, tokens + np.maximum(1, steps)).bound / s.pp
+    return Timing(ttft, itl, prefill.hidden, step.hidden, batch, busy, size, largest, np.minimum(mean, whole), step_bound,
+                  busy_bound)  # fmt: skip
+
+
+def _round(s: Setup, size: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Pass, Array]:
+    prefill = prefill_all(s, size, tokens, cached_share)
+    step = decode_step(s, size, tokens + 1, tokens + np.maximum(1.0, output - 1))
+    return prefill, step, prefill.total + (output - 1) * step.total
+
+
+# Lengths are nominal (benchmarks draw them from 0.8 to 1 of it), the share of memory is often raised, the cache quantized:
+# only a clear excess over what fits is taken to wait.
+SLACK = 1.35
+WAVES = 10  # requests for each of the clients in a closed loop, where nothing else is known: benchmarks' usual choice
+
+
+def closed(
+    s: Setup, clients: Array, tokens: Array, output: Array, waves: Array | float = WAVES, cached_share: float = 0.0
+) -> Timing:
+    """`clients` that each send their next request when the last has ended, in steady state but for the first burst.
+
+    While a request decodes, each of the others in flight is prefilled once: that work stretches its steps.  A prompt
+    waits for the step that runs, for prompts before it (a finite-source queue by approximate mean value analysis,
+    Schweitzer 1979, with constant service), and the first of its client's `waves` requests waits behind half of the
+    others.  Where the cache does not hold all, the rest wait for a slot.
+    """
+    slots, largest = _slots(s, tokens, output)
+    running = np.clip(clients, 1.0, np.maximum(slots, 1.0))
+    prefill, step, itl = _served(s, running, tokens, output, cached_share)
+    own, decoding = prefill.total, total(itl) * np.maximum(output - 1, 0)
+    wait = _queue(own, decoding, running) + (running - 1) / 2 * own / waves
+    ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait * s.factors.queue}
+    ttft["host"] = ttft["host"] + s.framework.request_s * s.factors.request
+    if s.factors.slot:
+        ttft["waiting for a slot"] = s.factors.slot * decoding / np.maximum(clients - 1, 1)
+    cycle = total(ttft) + decoding
+    waiting = np.maximum(clients / running - 1, 0.0) * cycle
+    if np.any(waiting > 0):
+        ttft["waiting for memory"] = waiting
+    return _loaded(s, ttft, itl, prefill, step, clients, cycle * clients / running, running, largest, tokens, output)
+
+
+def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share: float = 0.0) -> Timing:
+    """`rate` requests a second by the clock, Poisson: what is in flight follows by Little's law, and a prompt waits as in
+    M/G/1 with the prefills' share of the time as its load (Pollaczek-Khinchine, service constant).  Beyond saturation
+    the queue grows without end: the waiting is infinite."""
+    slots, largest = _slots(s, tokens, output)
+    running = np.ones_like(tokens)
+    for _ in range(40):  # damped; it climbs to the least fixed point, or to the slots where there is none below
+        prefill, step, itl = _served(s, running, tokens, output, cached_share)
+        found = rate * (prefill.total + total(itl) * np.maximum(output - 1, 0))
+        running = np.clip(0.5 * (running + found), 1.0, np.maximum(slots, 1.0))
+    load = rate * prefill.total
+    saturated = (found > slots * (1 + 1e-3)) | (load >= 1)
+    wait = np.where(saturated, np.inf, load * prefill.total / (2 * np.maximum(1 - load, 1e-9))) * s.factors.queue
+    ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait}
+    seconds = np.where(saturated, running / np.maximum(found, 1e-300), 1.0) ** -1
+    return _loaded(s, ttft, itl, prefill, step, np.full_like(tokens, rate), seconds, running, largest, tokens, output)
+
+
+def _slots(s: Setup, tokens: Array, output: Array) -> tuple[Array, Array]:
+    """(sequences that the cache holds while each is on average half generated, whole ones that fit for certain)."""
+    half = s.model.kv_bytes(tokens + output / 2, s.kv_dtype) * s.kv_copies
+    return np.maximum(SLACK * memory.kv_space_bytes(s) / half, 0.0), memory.largest_batch(s, tokens + output)
+
+
+def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Pass, Terms]:
+    """(the prefill of one prompt, the decoding step of those running, the time between two tokens by its terms)."""
+    prefill = prefill_all(s, np.ones_like(running), tokens, cached_share)
+    step = decode_step(s, running, tokens + 1, tokens + np.maximum(1.0, output - 1))
+    own = prefill.total
+    once = ("weights", "launch", "host", "link latency")  # a pass of both needs these but once
+    shared = sum(step.terms[k] for k in once if k in step.terms) if s.framework.mixed else 0.0
+    itl = {**step.terms, "prefills of others": (running - 1) / output
+           * np.maximum(own - passes_for(s, tokens) * shared, 0.3 * own)}  # fmt: skip
+    plain, stream = total(itl), running * s.framework.stream_s * s.factors.overhead
+    itl["stream"] = kernels.smooth_max(plain, stream, 3.0) - plain
+    return prefill, step, itl
+
+
+def _loaded(
+    s: Setup, ttft: Terms, itl: Terms, prefill: Pass, step: Pass, requests: Array, seconds: Array, running: Array,
+    largest: Array, tokens: Array, output: Array,
+) -> Timing:  # fmt: skip
+    one = np.ones_like(running)
+    alone = decode_step(s, one, tokens + 1, tokens + np.maximum(1.0, output - 1)).bound
+    # Whatever the order of passes, the weights are read once for each token of the longest, and all operations are done.
+    busy = np.maximum((output - 1) * alone, requests * prefill.bound)
+    return Timing(ttft, itl, prefill.hidden, step.hidden, requests, seconds, running, largest, prefill.bound / s.pp,
+                  alone / s.pp, busy / s.pp)  # fmt: skip
+
+
+def _queue(service: Array, elsewhere: Array, customers: Array) -> Array:
+    """Mean wait at a server with constant `service` time of `customers` that spend `elsewhere` between their visits."""
+    wait = np.zeros_like(service)
+    for _ in range(30):
+        there = service + wait
+        queue = (customers - 1) * there / (there + elsewhere)
+        wait = 0.5 * (wait + np.where(customers > 1, service * (queue - 0.5 * queue * service / there), 0.0))
+    return wait

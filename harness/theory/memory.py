@@ -1,0 +1,73 @@
+"""What fits: weights, KV cache, activations and runtime against the memory there is, per accelerator and together."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.theory.hardware import Hardware
+from harness.theory.roofline import Setup
+
+Array = npt.NDArray[np.float64]
+MEMORY_SHARE = 0.9  # what an engine takes of the memory: vLLM's default gpu_memory_utilization
+CONTEXT_BYTES = 0.5e9  # CUDA context, kernels and libraries' workspaces of one process
+GIB_PER_GB = 2**30 / 1e9
+# A data sheet's GB are GiB of memory chips, of which a driver keeps about 1 %: nvidia-smi shows 81559 MiB for an H100 of
+# 80 GB, 143771 for an H200 of 141 GB.  Of the GDDR6 of these, error correction takes a sixteenth: 23028 MiB for an A10.
+INLINE_ECC = ("T4", "A10", "A10G", "A40", "L4", "L40", "L40S")
+SEQUENCES = 256  # most sequences in a step by the engines' defaults: their logits are kept in space reserved beforehand
+
+
+def usable_bytes(hardware: Hardware) -> float:
+    """Bytes that the driver of one accelerator has to give."""
+    if hardware.measured:
+        return hardware.mem_bytes
+    return hardware.mem_bytes * GIB_PER_GB * (15 / 16 if hardware.name in INLINE_ECC else 0.99)
+
+
+def activation_bytes(s: Setup, tokens: Array | float, heads: Array | float) -> Array:
+    """Peak beside weights and cache, on one accelerator, in a pass of `tokens` of which `heads` go through the lm_head.
+
+    The residual stream and its copy, the widest layer's projections (gate, up and their product), 16 bit; logits in
+    16 and in 32 bit.
+    """
+    model = s.model
+    wide = max(g.ffn_matmul + g.experts_per_token * g.expert_matmul for g in model.groups) / model.hidden / s.tp
+    layer = tokens * 2.0 * (4 * model.hidden + wide)
+    return np.asarray(layer + heads * model.vocab * 6.0 / s.tp)
+
+
+def kv_space_bytes(s: Setup, share: float = MEMORY_SHARE) -> float:
+    """Bytes left for KV cache on all accelerators together when an engine takes `share` of their memory."""
+    reserved = float(activation_bytes(s, s.framework.chunk, SEQUENCES)) * s.gpus if not s.hardware.measured else 0.0
+    reserved = min(reserved, 0.1 * usable_bytes(s.hardware) * s.gpus)
+    return usable_bytes(s.hardware) * s.gpus * share - s.model.weight_bytes(s.dtype) - reserved
+
+
+def largest_batch(s: Setup, context: Array, share: float = MEMORY_SHARE) -> Array:
+    """Whole sequences of `context` tokens whose KV cache fits beside the weights; 0: not one."""
+    each = s.model.kv_bytes(context, s.kv_dtype) * s.kv_copies
+    return np.maximum(0.0, np.floor(kv_space_bytes(s, share) / each))
+
+
+def peak_terms(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str, Array]:
+    """Peak memory in use of all accelerators together, by part.
+
+    An engine that takes its share in advance (vLLM and its like) shows that share whatever it serves; others need
+    weights, the cache of the batch, activations and the runtime's own.
+    """
+    same = np.ones_like(batch)
+    terms = {"weights": s.model.weight_bytes(s.dtype) * same, "runtime": CONTEXT_BYTES * s.gpus * same}
+    if s.framework.pool:
+        whole = usable_bytes(s.hardware) * s.gpus
+        cache_only = terms["weights"] if s.framework.pool_of == "cache" else 0.0
+        taken = np.minimum(whole * s.framework.pool + cache_only, 0.98 * whole)
+        return terms | {"reserved": np.maximum(taken - terms["weights"], 0.0)}
+    logits = batch * tokens if s.framework.all_logits else batch
+    terms["kv cache"] = batch * s.model.kv_bytes(tokens + output, s.kv_dtype) * s.kv_copies
+    return terms | {"activations": s.gpus * activation_bytes(s, batch * tokens, logits)}
+
+
+def peak_bytes(s: Setup, batch: Array, tokens: Array, output: Array) -> Array:
+    """The sum of `peak_terms`."""
+    return np.asarray(sum(peak_terms(s, batch, tokens, output).values()))

@@ -1,0 +1,226 @@
+"""Makes harness/theory/intervals.csv and harness/docs/validation.md: python -m tests.validation_page FOLDER.
+
+FOLDER holds the public measurements (alcf_llm_inference_bench, serving_silicon, trtllm_docs, small_sets, .csv.gz), which
+are not shipped.  Frameworks were fitted, and the intervals are made, on some models; the page reports the others apart.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from harness import __version__
+from harness.records import RidgelineError
+from harness.theory import calibrate, validate
+from harness.theory.frameworks import named
+from harness.theory.intervals import KEYS
+from harness.theory.kernels import measured_itself
+
+SETS = ("alcf_llm_inference_bench", "serving_silicon", "trtllm_docs", "small_sets")
+HERE = Path(__file__).parent.parent / "harness"
+# Never looked at when static frameworks were fitted: other sizes, other attention, other vocabularies.
+HELD = ("Meta-Llama-3-8B", "Mistral", "Llama-2-70b", "llama-7b", "Qwen1.5", "Aquila", "bloom", "Mixtral", "405B",
+        "Llama-3.1-8B", "Qwen3-30B", "Falcon")  # fmt: skip
+# Of the measurements, what an interval is made to hold.  Static batches: more than nine tenths, as it is made on some
+# models and must hold on others.  Under load a few servers lie far out, and to hold them would make it useless.
+SHARE = {"static": 0.93, "closed": 0.87}
+FITTED: dict[tuple[object, ...], calibrate.Calibration | None] = {}
+METRICS = ("ttft_ms", "tpot_ms", "e2e_s", "out_tps")
+
+
+def rows(folder: Path) -> pd.DataFrame:
+    """The measurements that mean what their columns say; what is left out, and why, stands on the page."""
+    table = pd.concat([pd.read_csv(folder / f"{name}.csv.gz") for name in SETS], ignore_index=True)
+    note = table.note.fillna("")
+    odd = note.str.contains("spec_model=Jack|EP|max_new_tokens=1") & table.e2e_s.notna()
+    table = table[~odd & (table.dataset != "dstack_pd") & (table.gpu != "SN40L")]
+    # llama.cpp's out_tps is that of one sequence; these three gave every sequence the same prompt, so all meet the same experts.
+    table.loc[table.framework.eq("llama.cpp") & table.dataset.eq("alcf"), ["out_tps", "total_tps"]] = np.nan
+    alike = table.framework.isin(["TensorRT-LLM", "Deepspeed-MII", "llama.cpp"]) & table.model.str.contains("Mixtral")
+    table = table[~alike]
+    table = table[~((table.framework == "llama.cpp") & (table.gpu == "Max1550-PVC"))]
+    return validate.read(table, "the public measurements")
+
+
+def likely(found: pd.DataFrame) -> pd.DataFrame:
+    """Without the measurements that beat the strict bound (early stops), which no interval should cover."""
+    stopped = pd.Series(False, index=found.index)
+    for metric in METRICS:
+        faster = (
+            found[metric] < found[f"bound_{metric}"]
+            if metric != "out_tps"
+            else found[metric] > found[f"bound_{metric}"]
+        )
+        stopped |= faster & found[f"bound_{metric}"].notna()
+    cold = (
+        found.framework.eq("sglang") & found.ttft_ms.gt(5000) & found.pred_ttft_ms.lt(2000)
+    )  # its first requests compile
+    return found[~stopped & ~(found.e2e_s < 0.4 * found.pred_e2e_s) & ~cold]
+
+
+def held(found: pd.DataFrame) -> pd.Series:
+    return found.model.str.contains("|".join(HELD))
+
+
+# --- calibrated -------------------------------------------------------------------------------------------------------
+
+
+def calibrated(table: pd.DataFrame, *, same: bool) -> pd.DataFrame:
+    """Predictions of each server with 14 cells or more, calibrated on ten of its own or of another model beside it."""
+    alike = ["gpu", "framework", "n_gpus", "tp", "pp", "weight_dtype", "kind"]
+    done = []
+    for _, group in table.groupby(alike, dropna=False):
+        servers = [(c, part) for c, part in validate.servers(group) if len(part) >= 14]
+        cells = {c["model"]: calibrate.chosen(part) for c, part in servers}
+        for common, part in servers:
+            teachers = [common["model"]] if same else [m for m in cells if m != common["model"]][:1]
+            for model in teachers:
+                fitted = _fitted(cells[model])
+                if fitted is None:
+                    continue
+                rest = part.drop(part.index.intersection(cells[model].index))
+                done.append(validate.predictions(rest, lambda _, fitted=fitted: fitted))
+    return pd.concat(done)
+
+
+def _fitted(cells: pd.DataFrame) -> calibrate.Calibration | None:
+    key = tuple(cells.index)
+    if key not in FITTED:
+        try:
+            FITTED[key] = calibrate.calibrate(cells, "cells")
+        except RidgelineError as problem:
+            print(cells.model.iloc[0], problem, file=sys.stderr)
+            FITTED[key] = None
+    return FITTED[key]
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+def intervals(plain: pd.DataFrame, own: pd.DataFrame, other: pd.DataFrame) -> list[dict[str, object]]:
+    """Quantiles of measured / predicted by group, narrow groups before wide ones; a group needs 15 rows."""
+    made = []
+    for calibrated_as, found in (("no", plain), ("same", own), ("model", other)):
+        for metric, column in (
+            ("ttft_s", "ttft_ms"),
+            ("itl_s", "tpot_ms"),
+            ("e2e_s", "e2e_s"),
+            ("output_tokens_per_s", "out_tps"),
+        ):
+            known = found[found[column].gt(0) & found[f"pred_{column}"].notna()]
+            if known.empty:
+                continue
+            known = known.assign(ratio=known[column] / known[f"pred_{column}"]).join(_keys(known))
+            wide = ("mode", "framework_named", "devices", "kernels", "model_kind")
+            for by in (wide, wide[:2] + wide[3:], wide[:1] + wide[3:], wide[:1]):
+                for key, group in known.groupby(list(by)):
+                    if len(group) < (15 if calibrated_as != "model" else 40):
+                        continue
+                    where = dict(zip(by, key, strict=True))
+                    low, high = _spread(group.ratio, SHARE[str(where["mode"])])
+                    made.append({"metric": metric, "mode": where["mode"], "framework": where.get("framework_named", "*"), "devices": where.get("devices", "*"),
+                                 "kernels": where.get("kernels", "*"), "model": where.get("model_kind", "*"),
+                                 "calibrated": calibrated_as, "low": low, "high": high, "n": len(group)})  # fmt: skip
+    order = {"*": 1}
+    made.sort(key=lambda r: sum(order.get(str(r[k]), 0) for k in KEYS))
+    return made
+
+
+def _keys(found: pd.DataFrame) -> pd.DataFrame:
+    """mode, devices, kernels and model_kind of each row, as harness.theory.intervals names them."""
+    keys = pd.DataFrame("", index=found.index, columns=["mode", "framework_named", "devices", "kernels", "model_kind"])
+    for common, part in validate.servers(found):
+        case = validate.case_of(common)
+        keys.loc[part.index] = [
+            "static" if common["kind"] == "static" else "closed",
+            named(case.framework),
+            "one" if case.tp * case.pp * case.dp == 1 else "several",
+            "measured" if measured_itself(case.hardware) else "alike",
+            "moe" if case.model.moe else "dense",
+        ]
+    return keys
+
+
+def _spread(ratio: pd.Series, share: float) -> tuple[float, float]:
+    """Between which `share` lies, as narrow as can be (of all such spans the one with the least high / low)."""
+    r = np.sort(ratio.to_numpy())
+    n = max(2, int(np.ceil(share * len(r))))
+    widths = np.log(r[n - 1 :]) - np.log(r[: len(r) - n + 1])
+    at = int(np.argmin(widths))
+    return float(min(r[at], 0.99)), float(max(r[at + n - 1], 1.01))
+
+
+def write_intervals(made: list[dict[str, object]]) -> None:
+    text = ("# Measured over predicted: the narrowest span that holds nine tenths of public measurements, by group, on the models that\n"
+            "# docs/validation.md names as fitted; made by tests/validation_page.py.  The first row that matches counts.\n")  # fmt: skip
+    text += ",".join((*KEYS, "low", "high", "n")) + "\n"
+    text += "".join(f"mem_bytes,*,{pool},*,*,*,*,0.97,1.03,0\n" for pool in ("lmdeploy", "vllm", "sglang"))
+    text += "mem_bytes,*,*,*,*,*,*,0.92,1.1,0\n"
+    for r in made:
+        text += (
+            ",".join(f"{r[c]:.4g}" if isinstance(r[c], float) else str(r[c]) for c in (*KEYS, "low", "high", "n"))
+            + "\n"
+        )
+    # Carried over to other hardware: between calibrated and not, wider than uncalibrated on its own.
+    for r in made:
+        if r["calibrated"] == "no":
+            wide = {**r, "calibrated": "hardware", "low": float(r["low"]) ** 1.2, "high": float(r["high"]) ** 1.2}  # type: ignore[arg-type]
+            text += (
+                ",".join(
+                    f"{wide[c]:.4g}" if isinstance(wide[c], float) else str(wide[c])
+                    for c in (*KEYS, "low", "high", "n")
+                )
+                + "\n"
+            )
+    text += "*,*,*,*,*,*,*,0.6,1.6,0\n"
+    (HERE / "theory" / "intervals.csv").write_text(text)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def table_of(found: pd.DataFrame) -> str:
+    scores = validate.scores(found)
+    scores = scores[(scores.kind != "all") & (scores.metric != "total_tps") & (scores.gpus != "all")]
+    lines = ["| kind | model | GPUs | metric | n | MAPE | median | bias | in the interval | its median width | beat the bound |", "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    for r in scores.to_dict("records"):
+        lines.append(f"| {r['kind']} | {r['model']} | {r['gpus']} | {r['metric']} | {r['n']} | {r['mape']:.1f} % | {r['median']:.1f} % | "
+                     f"{r['bias']:+.1f} % | {r['coverage']:.0f} % | {r['width']:.0f} % | {r['faster_than_physics']} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(folder: Path) -> None:
+    table = rows(folder)
+    found = likely(validate.predictions(table))
+    own, other = (likely(calibrated(table, same=same)) for same in (True, False))
+    write_intervals(
+        intervals(
+            *(
+                f[~held(f) | (f.kind != "static") | f.ttft_ms.notna() | f.model.str.contains("Mixtral")]
+                for f in (found, own, other)
+            )
+        )
+    )
+    from harness.theory import intervals as shipped
+
+    shipped._rows.cache_clear()
+    shipped.factors.cache_clear()
+    found = validate.predictions(table)
+    own, other = (calibrated(table, same=same) for same in (True, False))
+    text = (HERE / "docs" / "validation.head.md").read_text() if (HERE / "docs" / "validation.head.md").exists() else ""
+    for title, part in (("Uncalibrated, models held out", found[held(found)]),
+                        ("Uncalibrated, models that frameworks were fitted on", found[~held(found)]),
+                        ("Calibrated on ten cells of the same server, on its other cells", own),
+                        ("Calibrated on ten cells of another model on the same GPUs", other)):  # fmt: skip
+        text += f"\n## {title}\n\n{table_of(likely(part))}\n"
+    (HERE / "docs" / "validation.md").write_text(
+        text + f"\nMade by `python -m tests.validation_page FOLDER`, version {__version__}.\n"
+    )
+    print(text)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
