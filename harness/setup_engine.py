@@ -31,7 +31,7 @@ class Recipe:
     steps: tuple[tuple[str, ...], ...]
     proof: str
     torch: str = ""  # a requirement that must resolve to a build for the CPU
-    any_torch: bool = False  # torch comes as a dependency, of whatever build: TORCH_INDEX spares gigabytes
+    any_torch: bool = False  # it needs torch, of whatever build: TORCH_INDEX spares gigabytes
 
 
 RECIPES = {
@@ -55,7 +55,7 @@ RECIPES = {
     ),
     "peers": Recipe(
         ".venv-peers",
-        (("install", "guidellm==0.8.1", "aiperf==0.13.0"),),
+        (("install", "torch==2.13.0"), ("install", "guidellm==0.8.1", "aiperf==0.13.0")),
         "import guidellm, aiperf",
         any_torch=True,
     ),
