@@ -79,10 +79,8 @@ CLIENTS: dict[str, tuple[Path, Any]] = {
 
 
 def truth(url: str) -> Figures:
-    sent = [r for r in json.loads(selftest._ask(f"{url}/__log__"))["requests"] if len(r["sent_s"]) == selftest.TOKENS]
-    ttft = np.array([r["sent_s"][0] - r["received_s"] for r in sent])
-    itl = np.concatenate([np.diff(r["sent_s"]) for r in sent])
-    pick = {"ttft": ttft, "itl": itl}
+    sent = selftest.truth(url)
+    pick = {"ttft": sent.ttft_s, "itl": sent.itl_s}
     return {f"{k}_{q}_s": float(v.mean() if q == "mean" else np.quantile(v, float(q[1:]) / 100))
             for k, v in pick.items() for q in ("mean", "p50", "p99")}  # fmt: skip
 
