@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -201,14 +200,11 @@ CLIENTS = {
 def truth(url: str, requests: int, itl_of: str) -> tuple[Figures, float]:
     """What the server really sent, and its tokens/s from the first request to the last token.  Raises RuntimeError if
     that is not `requests` whole answers."""
-    log: list[dict[str, Any]] = json.loads(selftest._ask(f"{url}/__log__"))["requests"]
-    sent = [r for r in log if len(r["sent_s"]) == selftest.TOKENS]
-    if len(sent) != requests:
-        raise RuntimeError(f"the server sent {len(sent)} whole answers, {requests} were asked")
-    ttft = np.array([r["sent_s"][0] - r["received_s"] for r in sent])
-    gaps = np.array([np.diff(r["sent_s"]) for r in sent])
-    pick = {"ttft": ttft, "itl": gaps.mean(axis=1) if itl_of == "requests" else gaps.ravel()}
-    lasted_s = max(r["sent_s"][-1] for r in sent) - min(r["received_s"] for r in sent)
+    sent = selftest.truth(url)
+    if len(sent.ttft_s) != requests:
+        raise RuntimeError(f"the server sent {len(sent.ttft_s)} whole answers, {requests} were asked")
+    pick = {"ttft": sent.ttft_s, "itl": sent.itl_s.mean(axis=1) if itl_of == "requests" else sent.itl_s}
+    lasted_s = sent.lasted_s
     return {f"{k}_{q}_s": float(v.mean() if q == "mean" else np.quantile(v, float(q[1:]) / 100))
             for k, v in pick.items() for q in ("mean", "p50", "p99")}, requests * selftest.TOKENS / lasted_s  # fmt: skip
 
