@@ -31,7 +31,6 @@ from harness import __version__, units
 from harness import simulator_formats as formats
 from harness.records import RidgelineError
 from harness.simulator_law import Law, Refused, check_length, output_asked, output_of, prompt_of, usage_kind
-from harness.simulator_law import lognormal as _lognormal  # noqa: F401  (tests)
 from harness.simulator_scheduler import Job, Server, now
 
 BODY_LIMIT_BYTES = 32_000_000

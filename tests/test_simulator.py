@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from harness import dialects, simulator, simulator_formats
+from harness import dialects, simulator, simulator_formats, simulator_law
 from harness.records import RidgelineError
 
 
@@ -202,7 +202,7 @@ def test_jitter_is_the_same_for_the_same_seed() -> None:
 
 
 def test_jitter_has_mean_one_and_the_stated_variation() -> None:
-    factors = [simulator._lognormal(0.3, 0, i) for i in range(20_000)]
+    factors = [simulator_law.lognormal(0.3, 0, i) for i in range(20_000)]
     assert statistics.fmean(factors) == pytest.approx(1, abs=0.01)
     assert statistics.stdev(factors) == pytest.approx(0.3, rel=0.05)
 
