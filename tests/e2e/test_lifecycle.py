@@ -289,6 +289,7 @@ def test_a_full_disk_ends_the_run_with_one_error_and_keeps_what_was_written(
 # -- killed
 
 
+@pytest.mark.full
 def test_no_worker_goes_on_without_the_one_that_hired_it(every: str, tmp_path: Path) -> None:
     process = started(tmp_path, *options(every + "/drip", "--batch-sizes", "4", "--mode", "closed", "--requests", "9999", "--workers", "2",
                                          "--no-preflight"))  # fmt: skip
