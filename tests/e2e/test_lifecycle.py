@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -284,6 +285,19 @@ def test_a_full_disk_ends_the_run_with_one_error_and_keeps_what_was_written(
     found = store.load(tmp_path / "it")
     assert len(found.records) > 10 and all(found.records.ok) and found.state == "incomplete"
     assert ridgeline("report", "it").returncode == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("how", "env", "code"), [
+    (">&-", {}, 0), ("2>&-", {}, 0), ("<&- >/dev/full", {}, 2),
+    ("", {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "TERM": "dumb", "COLUMNS": "40"}, 0), ("| head -c 9", {}, 0)])  # fmt: skip
+def test_odd_terminals_cost_no_run(how: str, env: dict[str, str], code: int, every: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "harness", *options(every + "/ok", "--batch-sizes", "2", "--no-preflight")]
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {shlex.join(words)} {how}"], cwd=tmp_path, text=True, timeout=60,
+                          capture_output=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)} | env)  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert len(store.load(tmp_path / "it").records) == 8
 
 
 # -- killed
