@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -13,6 +14,8 @@ import typer
 
 from harness import __version__, redaction
 from harness.records import RidgelineError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Measures what an LLM server really does, and holds it against what theory predicts.")  # fmt: skip
@@ -334,8 +337,23 @@ def config_validate(path: Annotated[Path, typer.Argument(help="A scenario file."
     typer.echo(f"{path}: valid")
 
 
+def _have_streams() -> None:
+    """A closed standard stream would lend its number to the next file or socket; one that cannot spell a character says
+    something else instead."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")
+
+
 def main() -> None:
     """The command.  Errors that the user can mend are one line; exit codes are those of the README."""
+    _have_streams()
     redaction.quiet_logs()
     # Imports make many objects that stay: to look them over again and again costs a tenth of the start.
     gc.set_threshold(100_000)
@@ -351,6 +369,11 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(0) from None
-    except Exception:
+    except Exception as problem:
+        if isinstance(problem, OSError) and problem.errno in NO_ROOM:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it would be tried once more at the exit
+            where = problem.filename or "the output"
+            sys.stderr.write(f"error: {where} cannot be written: {problem.strerror}\n")
+            raise SystemExit(2) from None
         sys.stderr.write(redaction.clean(traceback.format_exc()) + "This is our mistake: please report it.\n")
         raise SystemExit(1) from None

@@ -22,7 +22,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from harness import recorder
+from harness import recorder, warden
 from harness.loadgen import Player, Timers
 from harness.recording import Recorder
 from harness.records import Request, RidgelineError
@@ -93,6 +93,11 @@ class Worker:
         if self.player:
             self.player.stop()
 
+    def abort(self) -> None:
+        """What is still in flight ends now, as cancelled."""
+        if self.player:
+            self.player.close()
+
     async def close(self) -> str:
         if self.player:
             self.player.close()
@@ -105,6 +110,7 @@ async def serve() -> None:
     reader = asyncio.StreamReader(limit=LINE_BYTES)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     worker: Worker | None = None
+    dismissed = False
 
     async def listen() -> Any:
         line = await reader.readline()
@@ -115,15 +121,21 @@ async def serve() -> None:
         sys.stdout.flush()
 
     async def start() -> float:
+        nonlocal dismissed
         answer(ready=True)
-        return float((await listen())["start_s"])
+        message = await listen()
+        if "start_s" not in message:
+            dismissed = True
+            raise RidgelineError("the run was stopped before this worker began")
+        return float(message["start_s"])
 
-    while (message := await listen())["do"] != "close":
+    while not dismissed and (message := await listen())["do"] != "close":
         try:
             if message["do"] == "open":
                 worker = Worker(Job(**message["job"]), os.environ.pop("RIDGELINE_KEY", ""))
                 await worker.open()
                 loop.add_signal_handler(signal.SIGUSR1, worker.stop)
+                loop.add_signal_handler(signal.SIGUSR2, worker.abort)
                 answer(opened=True)
             elif message["do"] == "play" and worker:
                 answer(senses=await worker.play(start, message))
@@ -172,6 +184,10 @@ class LocalHand:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGUSR1)
 
+    def abort(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGUSR2)
+
     async def dismiss(self) -> str:
         try:
             said = str((await self.ask(do="close")).get("said", ""))
@@ -216,6 +232,9 @@ class RayHand:
 
     def stop(self) -> None:
         self.actor.stop.remote()
+
+    def abort(self) -> None:
+        """Its close() does so: an actor hears it while it plays."""
 
     async def dismiss(self) -> str:
         data, said = await self.actor.close.remote()
@@ -276,7 +295,7 @@ class Crew:
         self.busy: dict[Any, Any] = {}
         self.point = self.trial = 0
         self.start_s = 0.0
-        self.stopping = False
+        self.stopping = self.playing = False
         self.gone = 0.0
 
     @classmethod
@@ -306,9 +325,11 @@ class Crew:
         shards = deal(requests, slots, len(self.hands))
         working = [(hand, shard) for hand, shard in zip(self.hands, shards, strict=True) if shard["requests"]]
         more = {"point": self.point, "trial": self.trial, "until_s": None if until_s == float("inf") else until_s}
+        self.playing = True
         await asyncio.gather(*(hand.ready(shard | more) for hand, shard in working))
         self.start_s = clock() + max(hand.lead_s for hand in self.hands)
         senses = await asyncio.gather(*(hand.go(self.start_s) for hand, _ in working))
+        self.playing = False
         for one in senses:
             self.note(one.pop("ended"), one.pop("failed"))
         return senses
@@ -322,7 +343,10 @@ class Crew:
         pass
 
     async def dismiss(self) -> str:
-        """Let all go, their records on disk; what they complained of."""
+        """Let all go, their records on disk; what they complained of.  A worker hears no command while it plays."""
+        if self.playing:
+            for hand in self.hands:
+                hand.abort()
         return "\n".join(filter(None, await asyncio.gather(*(hand.dismiss() for hand in self.hands))))
 
 
@@ -368,6 +392,9 @@ def deal(requests: Sequence[Request], slots: int, n: int) -> list[dict[str, Any]
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the crew tells its workers when to stop
+    warden.prctl(
+        warden.PR_SET_PDEATHSIG, signal.SIGKILL
+    )  # and without it, none sends on; the recorder then ends by itself
     try:
         import uvloop
     except ImportError:

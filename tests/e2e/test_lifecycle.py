@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -183,12 +184,17 @@ def test_a_second_signal_ends_at_once_and_the_journal_is_the_result(every: str, 
     assert done.returncode == 0 and json.loads((tmp_path / "it" / store.SUMMARY).read_text())["state"] == "interrupted"
 
 
-def test_a_run_that_outlasts_its_time_is_stopped_and_kept(every: str, ridgeline: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.full)])
+def test_a_run_that_outlasts_its_time_is_stopped_and_kept(
+    workers: str, every: str, ridgeline: Run, tmp_path: Path
+) -> None:
     began_s = time.monotonic()
-    done = ridgeline(*options(every + "/hang-after-head", "--batch-sizes", "2", "--timeout", "3s"))
+    done = ridgeline(
+        *options(every + "/hang-after-head", "--batch-sizes", "2", "--timeout", "4s", "--workers", workers)
+    )
     assert done.returncode == 6 and time.monotonic() - began_s < 20
     run = store.load(tmp_path / "it")
-    assert run.state == "interrupted" and "3 s are over" in run.run["stopped"]
+    assert run.state == "interrupted" and "4 s are over" in run.run["stopped"]
     assert set(run.records.error_class.tolist()) == {"cancelled"}
 
 
@@ -281,7 +287,34 @@ def test_a_full_disk_ends_the_run_with_one_error_and_keeps_what_was_written(
     assert ridgeline("report", "it").returncode == 0
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(("how", "env", "code"), [
+    (">&-", {}, 0), ("2>&-", {}, 0), ("<&- >/dev/full", {}, 2),
+    ("", {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "TERM": "dumb", "COLUMNS": "40"}, 0), ("| head -c 9", {}, 0)])  # fmt: skip
+def test_odd_terminals_cost_no_run(how: str, env: dict[str, str], code: int, every: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "harness", *options(every + "/ok", "--batch-sizes", "2", "--no-preflight")]
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {shlex.join(words)} {how}"], cwd=tmp_path, text=True, timeout=60,
+                          capture_output=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)} | env)  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert len(store.load(tmp_path / "it").records) == 8
+
+
 # -- killed
+
+
+@pytest.mark.full
+def test_no_worker_goes_on_without_the_one_that_hired_it(every: str, tmp_path: Path) -> None:
+    process = started(tmp_path, *options(every + "/drip", "--batch-sizes", "4", "--mode", "closed", "--requests", "9999", "--workers", "2",
+                                         "--no-preflight"))  # fmt: skip
+    wait_until(lambda: all(path.exists() and path.stat().st_size > 2000 for path in (
+        tmp_path / "it" / "journal-0.bin", tmp_path / "it" / "journal-1.bin")), "no records came")  # fmt: skip
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert len(family) >= 5 and not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert len(store.load(tmp_path / "it").records) > 4
 
 
 class Answering:
