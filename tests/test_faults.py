@@ -26,7 +26,21 @@ from tests.conftest import ROOT
 from tests.faults import BY_NAME, CANARY, FAULTS, PROMPT_TOKENS, TOKENS, Fault
 
 REQUESTS, IN_FLIGHT = 20, 8
-TIMERS = Timers(connect_s=2.0, first_token_s=0.8, idle_s=0.8, total_s=2.0)
+SHORT = Timers(connect_s=5.0, first_token_s=0.8, idle_s=0.8, total_s=2.0)  # for silence
+LONG = Timers(
+    connect_s=5.0, first_token_s=10.0, idle_s=10.0, total_s=20.0
+)  # for floods, on a machine that is not quiet
+MIXED = Timers(connect_s=5.0, first_token_s=3.0, idle_s=3.0, total_s=6.0)
+STALLED = ("http-500-stall", "bad-chunk")  # known to be failures, yet nothing more comes
+
+
+def timers_of(name: str) -> Timers:
+    if name == "mixed":
+        return MIXED
+    silent = BY_NAME[name].expected.startswith("timeout") or name in STALLED
+    return SHORT if silent else LONG
+
+
 MEMORY = 64 * 2**20
 SEEN_ALONE = ("cancelled", "client_error", "client_files", "client_ports", "connect", "connect_timeout", "tls")
 
@@ -90,7 +104,9 @@ def rig() -> Iterator[str]:
 Choose = Callable[[int], str]
 
 
-def _player(target: Target, address: Any, writer: Recorder, choose: Choose, point: int, t0_s: float) -> Player:
+def _player(
+    target: Target, address: Any, writer: Recorder, choose: Choose, point: int, t0_s: float, timers: Timers
+) -> Player:
     def encode(request: Request) -> bytes:
         path, body = dialects.encode("completions", "m", "hi", TOKENS)
         return target.request_bytes(f"/{choose(request.id)}{path}", body)
@@ -98,7 +114,7 @@ def _player(target: Target, address: Any, writer: Recorder, choose: Choose, poin
     def sink(exchange: Exchange) -> None:
         writer.put(recorder.pack_exchange(exchange, point, 0, t0_s, player.start_s))
 
-    player = Player(target, address, None, TIMERS, encode, sink, writer.room)
+    player = Player(target, address, None, timers, encode, sink, writer.room)
     return player
 
 
@@ -115,7 +131,7 @@ async def _play_all(url: str, plan: Sequence[tuple[Choose, int]], path: Path, pl
             watch.start()
             recorder_base = resident(writer.process.pid)
 
-        player = _player(target, address, writer, choose, point, t0_s)
+        player = _player(target, address, writer, choose, point, t0_s, timers_of(played.names[point]))
         requests = [Request(i, "hi", TOKENS, input_tokens=PROMPT_TOKENS) for i in range(count)]
         start_s = time.monotonic()
         senses = await asyncio.wait_for(player.play(iter(requests), IN_FLIGHT), 120)
@@ -155,7 +171,7 @@ def everything(rig: str, tmp_path_factory: pytest.TempPathFactory) -> Played:
     return play_all(rig, [fault.name for fault in FAULTS], tmp_path_factory.mktemp("all") / "journal.bin")
 
 
-def is_as_documented(fault: Fault, record: Record) -> None:
+def is_as_documented(fault: Fault, record: Record, timers: Timers) -> None:
     assert record.error_class == fault.expected, record.error
     assert endings.name_of(record.error_class) in endings.ENDINGS
     if fault.tokens != -1:  # how many come before an endless stream is cut is the network's affair
@@ -164,7 +180,7 @@ def is_as_documented(fault: Fault, record: Record) -> None:
     assert [note for note in record.notes.split() if note != "resent"] == fault.notes.split()
     assert len(record.error) <= endings.MESSAGE_CHARS and not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", record.error)
     assert record.error or not record.error_class
-    assert record.end_s >= record.sent_s and record.end_s - record.sent_s < TIMERS.total_s + 1.0
+    assert record.end_s >= record.sent_s and record.end_s - record.sent_s < timers.total_s + 1.0
 
 
 def each_is_as_documented(played: Played, name: str) -> None:
@@ -172,9 +188,9 @@ def each_is_as_documented(played: Played, name: str) -> None:
     records = played.records[point]
     assert sorted(record.id for record in records) == list(range(REQUESTS))
     for record in records:
-        is_as_documented(BY_NAME[name], record)
-    assert played.took_s[point] < -(-REQUESTS // IN_FLIGHT) * TIMERS.total_s + 1.0
-    assert played.lag_s[point] < 0.5
+        is_as_documented(BY_NAME[name], record, timers_of(played.names[record.point]))
+    assert played.took_s[point] < -(-REQUESTS // IN_FLIGHT) * timers_of(name).total_s + 1.0
+    assert played.lag_s[point] < 3.0
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -194,7 +210,7 @@ def mixed_are_as_documented(played: Played) -> None:
     assert len(records) == len(names)
     for record in records:
         name = names[record.id * 7 % len(names)] if len(names) % 7 else names[record.id]
-        is_as_documented(BY_NAME[name], record)
+        is_as_documented(BY_NAME[name], record, timers_of(played.names[record.point]))
 
 
 def test_all_mixed_end_likewise(some: Played) -> None:
