@@ -28,7 +28,7 @@ TICK_S = 0.02  # how often the loop's own lag is looked at
 TIMERS_EVERY = 5  # ticks between looks at the timers of all requests in flight
 GONE_S = 45.0  # a server may restart; one that takes no connection for so long will not come back
 HAND_OVER_S = 0.001  # what has ended is handed to the recorder in small portions, between reads
-HAND_OVER_SHARE = 64  # of the backlog, one part in so many at a time: it is empty within a quarter of a second
+HAND_OVER_SHARE = 32  # of the backlog, one part in so many at a time: it is empty within a quarter of a second
 
 
 @dataclass(frozen=True, slots=True)
