@@ -75,6 +75,7 @@ def test_tokens_of_all_requests_make_the_throughput():
         ({"gpu": "T4"}, "does not fit"),
         ({"weight_dtype": "fp5"}, "fp5"),
         ({"tp": 3}, "heads"),
+        ({"isl": 1e12}, "must be from 0"),
     ],
 )
 def test_what_cannot_be_predicted_has_empty_cells_and_a_reason(given, reason):
@@ -85,9 +86,10 @@ def test_what_cannot_be_predicted_has_empty_cells_and_a_reason(given, reason):
 
 
 def test_one_bad_row_spoils_no_other():
-    both = pd.concat([row(gpu="TurboChip-9000"), row()], ignore_index=True)
-    found = validate.predictions(both)
-    assert found.pred_ttft_ms.notna().tolist() == [False, True]
+    several = pd.concat([row(gpu="TurboChip-9000"), row(osl=1e15), row(batch=0), row()], ignore_index=True)
+    found = validate.predictions(several)
+    assert found.pred_ttft_ms.notna().tolist() == [False, False, False, True]
+    assert (found.reason != "").tolist() == [True, True, True, False]
 
 
 def test_without_input_tokens_only_what_hardly_depends_on_them_is_told():
