@@ -7,7 +7,7 @@ BIN := .venv/bin
 export TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help install llama quickstart vllm vllm-engine test test-full test-vllm lint bench clean
+.PHONY: help install llama quickstart vllm vllm-engine peers test test-full test-vllm lint bench clean
 
 help:  ## these targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,9 +54,13 @@ lint: .venv/.stamp-dev  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## how true the client is and what it costs, beside vllm bench serve if `make vllm` was run
+peers: install  ## guidellm and aiperf, for `make bench`
+	@$(BIN)/python -m harness.setup_engine peers
+	@$(BIN)/python -m harness.random_model .models/llama-134m
+
+bench: install  ## how true the client is and what it costs, beside its peers where `make vllm` and `make peers` were run
 	$(BIN)/python -m tests.bench
 
 clean:  ## remove environments, models and caches; results and reports stay
-	rm -rf .venv .venv-llama .venv-vllm .models build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-llama .venv-vllm .venv-peers .models build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find harness tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness import units
+from harness.endings import NOTES
 from harness.records import Finding, Severity, Verdict
 from harness.stats import SAMPLES_NEEDED
 from harness.tally import Tally
@@ -322,6 +323,19 @@ def collector(e: Evidence) -> Finding | None:
                    "stamps of that moment are late by as much", "report it: the collector should be off in a measurement")  # fmt: skip
 
 
+DOUBTFUL = ("compressed", "not_streamed", "token_count_mismatch")  # these bend figures, the others are good to know
+
+
+def oddities(e: Evidence) -> Finding | None:
+    """What was odd about answers that succeeded or not (endings.NOTES)."""
+    if not (said := [f"{count}: {NOTES[name]}" for name, count in sorted(e.tally.notes.items()) if name in NOTES]):
+        return None
+    doubtful = any(e.tally.notes[name] > 0.01 * e.row["requests"] for name in DOUBTFUL)
+    return Finding("V023", "suspect" if doubtful else "info", f"of {e.row['requests']} answers, " + "; ".join(said),
+                   "arrivals or counts of these are not what a stream of tokens would give" if doubtful else
+                   "no figure hangs on it", "look for a proxy in between, and at the server's streaming and usage")  # fmt: skip
+
+
 def absent_senses(senses: Mapping[str, str | None]) -> list[Finding]:
     """What could not be sensed beside the run, and what that costs the reader."""
     lacking = []
@@ -344,7 +358,7 @@ def absent_senses(senses: Mapping[str, str | None]) -> list[Finding]:
 CHECKS: tuple[Callable[[Evidence], Finding | None], ...] = (
     errors, clocks, client_lag, client_cpu, stolen_core, collector, cgroup_throttled, shared_machine, late_sending,
     input_length, output_length, no_usage, cache_hits,
-    burst, server_disagrees, batch_ran, preemptions, gpu_throttled, beats_physics, drift, several_per_event, samples,
+    burst, server_disagrees, batch_ran, preemptions, gpu_throttled, beats_physics, drift, several_per_event, samples, oddities,
 )  # fmt: skip
 
 

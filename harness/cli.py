@@ -101,6 +101,9 @@ def run(
         typer.Option(help="Take up a run that did not end: finished points are kept, the rest is measured."),
     ] = None,
     max_error_rate: Annotated[float | None, typer.Option(help="Share of failures that ends with exit code 6.")] = None,
+    no_preflight: Annotated[
+        bool, typer.Option("--no-preflight", help="Ask nothing before the first request; name the model by --model.")
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 5 if any point is invalid.")] = False,
     out: Annotated[str | None, typer.Option(help="Run folder; default: results/NAME-TIME.")] = None,
     report_path: Annotated[str | None, typer.Option("--report", help="Where the report goes.")] = None,
@@ -138,7 +141,8 @@ def run(
             "trials": trials, "precision": precision, "max_time_s": max_time, "warmup": warmup, "api": api, "transport": transport, "same_prompt": same_prompt or None, "seed": seed},
         "theory": {"hardware": hardware, "model_config": model_config, "dtype": dtype, "kv_dtype": kv_dtype, "tp": tp,
                    "calibration": calibration},
-        "client": {"workers": int(workers) if workers and workers.isdigit() else workers, "ray": ray},
+        "client": {"workers": int(workers) if workers and workers.isdigit() else workers, "ray": ray,
+                   "preflight": False if no_preflight else None},
         "limits": {"max_error_rate": max_error_rate, "run_s": timeout, "connect_s": connect_timeout,
                    "first_token_s": first_token_timeout, "idle_s": idle_timeout, "total_s": request_timeout},
     }  # fmt: skip

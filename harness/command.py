@@ -300,7 +300,7 @@ def _log_tail(folder: Path, size: int = 4000) -> str:
 def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
     """The last lines on the terminal: verdict, table, worst finding, paths."""
     lines = [found["verdict_sentence"], "", f"{'point':>14} {'TTFT':>10} {'ITL':>10} {'E2E':>10} {'tokens/s':>9} "
-             f"{'pred. ITL':>10} {'ratio':>6}  verdict"]  # fmt: skip
+             f"{'pred. ITL':>10} {'ratio':>6} {'failed':>9}  verdict"]  # fmt: skip
     for p in found["points"]:
         label = f"batch {p['batch_size']}" if p["batch_size"] else f"{p['rate']:.4g}/s"
         predicted = p["predicted"]
@@ -311,7 +311,7 @@ def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
         )
         figures = [units.seconds(p[name]["mean"], 3) for name in ("ttft_s", "itl_s", "e2e_s")]
         lines.append(f"{label:>14} {figures[0]:>10} {figures[1]:>10} {figures[2]:>10} "
-                     f"{units.number(p['output_tokens_per_s'], 3):>9} {itl:>10} {ratio:>6}  {p['verdict']}")  # fmt: skip
+                     f"{units.number(p['output_tokens_per_s'], 3):>9} {itl:>10} {ratio:>6} {p['errors']:>4}/{p['requests']:<4}  {p['verdict']}")  # fmt: skip
     worst = [f for p in found["points"] for f in p["findings"] if f["severity"] == p["verdict"] != "valid"] + found[
         "findings"
     ]

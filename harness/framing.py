@@ -36,6 +36,7 @@ def unframe(raw: memoryview | bytes, ends: Sequence[int]) -> tuple[bytes, list[i
             pieces.append(len(body.pieces))
     except (httptools.HttpParserError, httptools.HttpParserUpgrade):
         pieces += [len(body.pieces)] * (len(ends) + 1 - len(pieces))
+    del body.parser  # each holds the other, and nobody collects what does so while a run goes on
     kept = body.pieces[: body.whole]
     sizes = list(accumulate(map(len, kept), initial=0))
     return b"".join(kept), [sizes[min(n, len(kept))] for n in pieces[1:]]

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from harness import dialects
+from harness import background, dialects
 from harness.records import NAN, Request, RidgelineError
 from harness.senses import Watch
 from harness.wire import QUIET_S, Exchange, Target, Wire, clock, connect
@@ -75,6 +75,7 @@ class Player:
     def __init__(self, target: Target, address: tuple[Any, ...], tls: ssl.SSLContext | None, timers: Timers,
                  encode: Callable[[Request], bytes], sink: Callable[[Exchange], None],
                  room: Callable[[], bool] = lambda: True) -> None:  # fmt: skip
+        background.return_memory()
         self.target, self.address, self.tls, self.timers = target, address, tls, timers
         self.encode, self.sink, self.room = encode, sink, room
         self.idle: list[Wire] = []

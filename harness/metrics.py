@@ -138,8 +138,9 @@ def steady_window(begun_s: Floats, last_s: Floats, wave: Ints, mode: str, slots:
 
     Of its good requests: `begun_s` is when each was sent, or in open loop due; `last_s` its last token, or as sent where
     none came; `wave` its wave.  Wave: each wave from its release to its last token, since that is what the formulas
-    describe.  Closed loop: from when all slots were filled to when the first stays empty.  Open loop: from the first
-    to the last scheduled time.
+    describe.  Closed loop: from when all slots were filled to when the first stays empty.  Open loop: until the last
+    scheduled time, from when the first requests had time to end (their median time after the first was due, if that
+    leaves half of the schedule): until then fewer are in flight than the rate will bring.
     """
     if not len(begun_s):
         return []
@@ -154,7 +155,10 @@ def steady_window(begun_s: Floats, last_s: Floats, wave: Ints, mode: str, slots:
         full, late = float(begun[min(slots, len(begun)) - 1]), begun[-1]  # nothing is sent after `late`
         empty = float(np.min(last_s[last_s > late], initial=end))  # so the next ending leaves a slot empty
         return [(full, empty)] if empty > full else [(start, end)]
-    return [(start, float(begun[-1]))] if begun[-1] > start else [(start, end)]
+    if begun[-1] <= start:
+        return [(start, end)]
+    full = start + float(np.median(last_s - begun_s))
+    return [(full if full <= (start + begun[-1]) / 2 else start, float(begun[-1]))]
 
 
 def window_of(times: Floats, windows: Windows) -> Ints:

@@ -43,7 +43,7 @@ from harness.recording import Recorder
 from harness.records import Request, RidgelineError
 from harness.scenario import Scenario, Workload, dump
 from harness.tally import Tally, count
-from harness.wire import Exchange, Target, clock
+from harness.wire import Exchange, Target, clock, resolve
 from harness.workers import Crew, Job
 
 GRACE_AT_END_S = 2.0  # the same, when the run's own time is over
@@ -295,20 +295,21 @@ async def _server(session: Session) -> AsyncIterator[tuple[Target, Any]]:
 async def _measure(session: Session, target: Target, engine: Any) -> None:
     scenario, workload = session.scenario, session.scenario.workload
     tls = ssl.create_default_context() if target.scheme == "https" else None
-    address = await preflight.address_of(target, tls)
+    asking = scenario.client.preflight
+    address = await (preflight.address_of(target, tls) if asking else resolve(target))
     async with client.session(target) as http:
         ask = Client(target, http, workload.api, first_s=min(scenario.limits.preflight_s, scenario.limits.total_s))
-        await _preflight(session, ask, engine)
+        await (_preflight(session, ask, engine) if asking else _trust(session, ask))
         needed = prompts_needed(workload)
         asks, texts = asks_of(workload)
         session.progress.line(f"{ask.model} at {target.url}: preparing {needed or 'as many as needed'} prompts"
                               + ("" if texts or workload.trace else f" of {lengths.say(workload.model_dump()['input_tokens'])} tokens"))  # fmt: skip
         where = session.info["engine"].get("model_path")
-        counter = await tokens.find(scenario.tokenizer, where, ask)
+        counter = await tokens.find(scenario.tokenizer, where, ask) if asking else tokens.untold(scenario.tokenizer)
         if texts:
             prompts = tokens.Prompts(texts, "given", str(workload.prompts or workload.trace), 0, False, asks=asks)
         else:
-            prompts = await tokens.build(counter, ask.input_tokens, asks, needed or 1 << 18, workload.seed,
+            prompts = await tokens.build(counter, ask.input_tokens if asking else tokens.no_answer, asks, needed or 1 << 18, workload.seed,
                                          lambda n: session.progress.tick(f"{n} prompts"), workload.same_prompt,
                                          workload.shared_prefix)  # fmt: skip
     session.info["prompts"] = {"source": prompts.source, "detail": prompts.detail, "offset": prompts.offset,
@@ -330,6 +331,13 @@ async def _measure(session: Session, target: Target, engine: Any) -> None:
             raise RidgelineError(f"{session.folder / store.JOURNAL}: the records could not be written: "
                                  f"{said.splitlines()[-1]}; what was written before stands: free some space, then "
                                  f"`ridgeline report {session.folder}` or `ridgeline run --resume {session.folder}`")  # fmt: skip
+
+
+async def _trust(session: Session, ask: Client) -> None:
+    """Take the user's word for everything: no request goes before the first of the plan."""
+    ask.model = session.scenario.model or "model"
+    session.info |= {"model": ask.model, "engine": {"url": ask.target.url, "launched": False, "kind": "unknown"},
+                     "request": ask.as_dict()}  # fmt: skip
 
 
 async def _preflight(session: Session, ask: Client, engine: Any) -> None:

@@ -255,6 +255,9 @@ class ClientPart(Part):
     """Processes to shard the load over; auto: one for each core."""
     ray: str | None = None
     """Address of a Ray cluster to shard the load over; "local" starts one here."""
+    preflight: bool = True
+    """false: ask nothing before the first request of the plan.  The model is then taken on trust, and prompts have the
+    length of --tokenizer's count, or about the one asked."""
 
 
 class Theory(Part):

@@ -18,7 +18,7 @@ import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -110,7 +110,7 @@ def measure(streams: Sequence[int], play: Callable[[Any], Any], progress: Progre
                     scenario(url, n), ["ridgeline", "selftest"], str(folder / str(n)), folder, Progress(True)
                 )
                 play(work)
-                found.append(_rung(n, store.load(folder / str(n)), json.loads(_ask(f"{url}/__log__"))))
+                found.append(_rung(n, store.load(folder / str(n)), truth(url)))
                 progress.line(line_of(found[-1]))
     finally:
         if before:
@@ -125,27 +125,43 @@ def _ask(url: str, body: bytes | None = None) -> bytes:
         return bytes(response.read())
 
 
-def _rung(streams: int, run: store.Run, log: dict[str, Any]) -> Rung:
+class Truth(NamedTuple):
+    """What a simulator really sent, of n whole answers of TOKENS tokens, in seconds."""
+
+    ttft_s: Floats  # [n]
+    itl_s: Floats  # [n, TOKENS - 1]
+    late_s: Floats  # [n, TOKENS], each event against the law
+    lasted_s: float  # from the first request to the last token
+
+
+def truth(url: str) -> Truth:
+    """By the log of the simulator at `url`, since its last reset; empty where no answer was whole."""
+    sent = [r for r in json.loads(_ask(f"{url}/__log__"))["requests"] if len(r["sent_s"]) == TOKENS]
+    return Truth(
+        ttft_s=np.array([r["sent_s"][0] - r["received_s"] for r in sent]),
+        itl_s=np.array([np.diff(r["sent_s"]) for r in sent]),
+        late_s=np.array([r["late_s"] for r in sent]),
+        lasted_s=max(r["sent_s"][-1] for r in sent) - min(r["received_s"] for r in sent) if sent else NAN,
+    )
+
+
+def _rung(streams: int, run: store.Run, true: Truth) -> Rung:
     good = run.records.where(run.records.ok)
-    sent = [r for r in log["requests"] if len(r["sent_s"]) == TOKENS]
-    if not len(good) or not sent:
+    if not len(good) or not len(true.ttft_s):
         raise RidgelineError(f"selftest: no whole answer at {streams} streams", 6)
-    true_ttft = np.array([r["sent_s"][0] - r["received_s"] for r in sent])
-    true_itl = np.concatenate([np.diff(r["sent_s"]) for r in sent])
-    late = np.concatenate([np.array(r["late_s"]) for r in sent])
     ttft, itl = metrics.ttft_s(good), metrics.chunk_gap_s(good)
     senses = next(e["senses"] for e in run.events if e.get("event") == "trial_end")
     tokens = int(good.output_tokens.sum())
     return Rung(
         streams=streams,
         tokens_per_s=tokens / (senses["ended_s"] - senses["started_s"]),
-        ttft_error_mean_s=float(ttft.mean() - true_ttft.mean()),
-        ttft_error_p50_s=_apart(ttft, true_ttft, 0.5),
-        ttft_error_p99_s=_apart(ttft, true_ttft, 0.99),
-        itl_error_mean_s=float(itl.mean() - true_itl.mean()),
-        itl_error_p99_s=_apart(itl, true_itl, 0.99),
-        server_ttft_mean_s=float(true_ttft.mean()),
-        server_late_s=float(late.mean()),
+        ttft_error_mean_s=float(ttft.mean() - true.ttft_s.mean()),
+        ttft_error_p50_s=_apart(ttft, true.ttft_s, 0.5),
+        ttft_error_p99_s=_apart(ttft, true.ttft_s, 0.99),
+        itl_error_mean_s=float(itl.mean() - true.itl_s.mean()),
+        itl_error_p99_s=_apart(itl, true.itl_s, 0.99),
+        server_ttft_mean_s=float(true.ttft_s.mean()),
+        server_late_s=float(true.late_s.mean()),
         cpu_per_token_s=senses["cpu_share"] * (senses["ended_s"] - senses["started_s"]) / tokens,
         lag_p99_s=senses["lag_p99_s"] if senses["lag_p99_s"] is not None else NAN,
         requests=len(run.records),

@@ -1,6 +1,6 @@
-"""Makes an environment that holds one engine: `python -m harness.setup_engine llama|vllm [--folder DIR]`.
+"""Makes an environment that holds one engine: `python -m harness.setup_engine llama|vllm|peers [--folder DIR]`.
 
-The engine never shares the client's environment.  A second call finds the stamp of the first and does nothing.
+The engine never shares the client's environment, nor do the load generators that `make bench` measures beside it (peers).  A second call finds the stamp of the first and does nothing.
 Standard library only, but for our own error; packages come from wherever pip is configured to look.
 """
 
@@ -31,6 +31,7 @@ class Recipe:
     steps: tuple[tuple[str, ...], ...]
     proof: str
     torch: str = ""  # a requirement that must resolve to a build for the CPU
+    any_torch: bool = False  # it needs torch, of whatever build: TORCH_INDEX spares gigabytes
 
 
 RECIPES = {
@@ -51,6 +52,12 @@ RECIPES = {
         ),
         "import torch, vllm; assert torch.version.cuda is None",
         torch="torch==2.13.0",
+    ),
+    "peers": Recipe(
+        ".venv-peers",
+        (("install", "torch==2.13.0"), ("install", "guidellm==0.8.1", "aiperf==0.13.0")),
+        "import guidellm, aiperf",
+        any_torch=True,
     ),
 }
 
@@ -80,7 +87,8 @@ def _index(step: Sequence[str], recipe: Recipe) -> list[str]:
     """Where torch comes from, if TORCH_INDEX says so.  An extra index: of one version, pip prefers the build that is
     marked (2.13.0+cpu) to the one that is not (2.13.0)."""
     index = os.environ.get("TORCH_INDEX")
-    return ["--extra-index-url", index] if index and recipe.torch and step[0] == "install" else []
+    wanted = recipe.torch or recipe.any_torch
+    return ["--extra-index-url", index] if index and wanted and step[0] == "install" else []
 
 
 def refuse_wrong_torch(pip: Sequence[str], requirement: str) -> None:
@@ -127,7 +135,7 @@ def _run(command: Sequence[str], what: str) -> None:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m harness.setup_engine", description=__doc__)
     parser.add_argument("engine", choices=sorted(RECIPES))
-    parser.add_argument("--folder", type=Path, help="where to make it (default: .venv-llama or .venv-vllm here)")
+    parser.add_argument("--folder", type=Path, help="where to make it (default: .venv-NAME here)")
     options = parser.parse_args(arguments)
     recipe = RECIPES[options.engine]
     try:

@@ -77,6 +77,15 @@ async def find(tokenizer: str | None, model_path: str | None, client: Client) ->
     return Counter("usage", _never, "bisection on the server's usage")
 
 
+def untold(tokenizer: str | None) -> Counter:
+    """The same where no server may be asked: a named tokenizer, or nothing."""
+    return local(path) if tokenizer and (path := tokenizer_file(tokenizer)) else Counter("usage", _never)
+
+
+async def no_answer(text: str, output_tokens: int) -> None:
+    """Stands for a request where none may be sent."""
+
+
 def _server(client: Client, key: str, fixed: dict[str, Any]) -> Counter:
     async def count(text: str) -> int:
         answer = await client.post("/tokenize", fixed | {key: text})

@@ -198,7 +198,12 @@ class Wire(asyncio.Protocol):
         exchange = self.exchange
         if exchange is None:
             self.on_idle_close(self)
-            return
+        else:
+            self._lost(exchange, exc)
+        # Wire and parser hold each other, and nobody collects what does so while a run goes on.
+        del self.parser
+
+    def _lost(self, exchange: Exchange, exc: Exception | None) -> None:
         self.settle(exchange)
         if not exchange.status:
             self.finish("disconnected_before_response", str(exc or "the server closed the connection"))

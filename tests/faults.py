@@ -392,13 +392,13 @@ async def play(fault: Fault, writer: asyncio.StreamWriter) -> bool:
 def answer_to(path: str, body: bytes, count: int) -> Fault | bytes:
     """What a request gets: a fault, or the bytes of a healthy server."""
     if path.endswith("/v1/models"):
-        name = HOSTILE if path.startswith("/hostile") else "faulty"
+        name = HOSTILE if path.startswith("/evil-") else "faulty"
         return status(200, json.dumps({"data": [{"id": name}]}).encode(), b"Content-Type: application/json")
     if not path.endswith("/completions"):
         return status(404, b"{}")
     asked = json.loads(body or b"{}")
     tokens = asked.get("max_tokens", 0)
-    name = path.split("/")[1].removeprefix("hostile-")
+    name = path.split("/")[1].removeprefix("evil-")
     if name.startswith("first-"):
         return BY_NAME[name.removeprefix("first-")]
     if tokens == TOKENS:

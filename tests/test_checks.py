@@ -95,6 +95,8 @@ SPEAK: list[tuple[str, str, str, dict[str, Any]]] = [
     ("V021", "invalid", "a client that was stopped", {"lag_max_s": 2.5}),
     ("V021", "info", "a wall clock set back", {"wall_step_s": -3600.0}),
     ("V022", "suspect", "a pause of the collector", {"gc_max_s": 0.05}),
+    ("V023", "suspect", "answers that came compressed", {"records": answers(notes="compressed")}),
+    ("V023", "info", "streams without [DONE]", {"records": answers(notes="no_done")}),
 ]  # fmt: skip
 
 

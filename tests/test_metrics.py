@@ -83,6 +83,16 @@ def test_throughput_of_a_closed_loop_is_that_of_its_full_time() -> None:
     assert row["output_tokens_per_s"] == pytest.approx(20.0, rel=0.02)
 
 
+def test_throughput_of_an_open_loop_leaves_out_its_ramp() -> None:
+    """Ten requests a second of 20 tokens, each 2 s long: 200 tokens/s once 20 are in flight."""
+    rows = [steady(i, i / 10, 0.1, 0.1, 20, scheduled_s=i / 10) for i in range(100)]
+    row = of_table(table(rows), "open", 0).row()
+    assert row["output_tokens_per_s"] == pytest.approx(200, rel=0.02)
+    assert row["requests_per_s"] == pytest.approx(10, rel=0.02)
+    few = of_table(table(rows[:5]), "open", 0).row()  # over before the first has ended: all of it counts
+    assert few["output_tokens_per_s"] == pytest.approx(10 / 0.4)
+
+
 def test_scheduled_ttft_owns_the_lateness_of_sending() -> None:
     row = of_table(table([steady(0, 5.2, 0.05, 0.01, 9, scheduled_s=5.0)]), "open", 0).row()
     assert row["ttft_scheduled_s"]["mean"] == pytest.approx(0.25, abs=1e-6)

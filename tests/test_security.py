@@ -73,7 +73,7 @@ def watched(tmp_path: Path, *arguments: str, env: dict[str, str]) -> tuple[int, 
     return process.returncode, said, seen
 
 
-@pytest.mark.parametrize("by", ["variable", "file"])
+@pytest.mark.parametrize("by", ["file", pytest.param("variable", marks=pytest.mark.full)])
 def test_the_key_is_in_no_artefact_output_or_process_list(by: str, rig: str, tmp_path: Path) -> None:
     """A server that echoes it wherever it can: as its model's name, in errors of every kind, in redirects."""
     (tmp_path / "secret").mkdir()
@@ -82,7 +82,7 @@ def test_the_key_is_in_no_artefact_output_or_process_list(by: str, rig: str, tmp
     work.mkdir()
     named = ("--api-key-file", "../secret/key") if by == "file" else ("--api-key-env", "MY_KEY")
     env = {"MY_KEY": CANARY} if by == "variable" else {}
-    code, said, seen = watched(work, "run", "--url", rig + "/hostile-mixed", *named, "--input-tokens", "64", "--output-tokens", "8",
+    code, said, seen = watched(work, "run", "--url", rig + "/evil-mixed", *named, "--input-tokens", "64", "--output-tokens", "8",
                                "--batch-sizes", "64", "--mode", "closed", "--requests", str(len(faults.FAULTS)), "--idle-timeout", "1s",
                                "--first-token-timeout", "1s", "--request-timeout", "2s", "--out", "it", env=env)  # fmt: skip
     assert code == 6 and "Traceback" not in said  # more than one in a hundred failed
@@ -100,7 +100,13 @@ def test_the_key_is_in_no_artefact_output_or_process_list(by: str, rig: str, tmp
     assert "<script>alert" not in page and "\x1b" not in page
 
 
-@pytest.mark.parametrize("fault", ["http-401-echoes-key", "redirect-echoes-key", "error-echoes-key"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "http-401-echoes-key",
+        *(pytest.param(n, marks=pytest.mark.full) for n in ("redirect-echoes-key", "error-echoes-key")),
+    ],
+)
 def test_a_key_that_the_first_answer_echoes_is_not_printed(
     fault: str, rig: str, ridgeline: Run, tmp_path: Path
 ) -> None:

@@ -61,6 +61,18 @@ def test_waves_of_two_workers_start_together(
             assert sent.min() > t.end_s[t.wave == wave - 1].max()
 
 
+def test_the_turns_of_a_session_stay_in_order_on_one_of_two_workers(
+    simulated: Callable[..., str], ridgeline: Callable[..., Any], tmp_path: Path
+) -> None:
+    shape = ("--mode", "closed", "--batch-sizes", "4", "--requests", "24", "--warmup", "0", "--turns", "3")
+    found = played(ridgeline, simulated(*LAW), *shape, "--think-time", "20ms", "--workers", "2")
+    t = store.load(tmp_path / found["run"]).records
+    assert t.wave.tolist() == [0, 1, 2] * 8 and t.ok.all()
+    for session in range(8):
+        turns = t.where(t.id // 3 == session)
+        assert (turns.sent_s[1:] - turns.end_s[:-1] >= 0.02).all()
+
+
 def test_requests_are_dealt_in_the_proportion_of_the_slots() -> None:
     shards = workers.deal([Request(i, "", 1) for i in range(70)], 7, 3)
     assert [shard["slots"] for shard in shards] == [3, 2, 2]
