@@ -347,3 +347,26 @@ def test_another_models_calibration_is_less_sure():
     assert [fitted.closeness(replace(case.model, name=n), h) for n, h in (
         (case.model.name, case.hardware), ("another", case.hardware), (case.model.name, other))] == ["same", "model", "hardware"]  # fmt: skip
     assert asdict(fitted.factors_for(case.model, other)) != asdict(fitted.factors)
+
+
+def test_a_run_is_calibrated_on_and_reported_with_it(ridgeline, simulated, tmp_path):
+    """A simulated server: TTFT = 40 ms + 0.1 ms a token, ITL = 12 ms + 0.5 ms a sequence."""
+    url = simulated("--ttft-base", "40ms", "--ttft-per-token", "0.1ms", "--itl-base", "12ms", "--itl-per-batch", "0.5ms",
+                    "--slots", "8")  # fmt: skip
+    ask = ("--url", url, "--model-config", "meta-llama/Llama-3.1-8B", "--hardware", "H100-SXM", "--input-tokens", "100",
+           "--output-tokens", "20", "--waves", "1", "--warmup", "1", "--quiet", "--json")  # fmt: skip
+    first = ridgeline("run", *ask, "--batch-sizes", "1,2", "--out", "first")
+    assert first.returncode == 0, first.stderr
+    done = ridgeline("calibrate", "first", "-o", "mine.json")
+    assert done.returncode == 0, done.stderr
+    assert calibration.from_dict(json.loads((tmp_path / "mine.json").read_text()), "x").cells == 2
+    again = ridgeline("run", *ask, "--batch-sizes", "4", "--calibration", "mine.json", "--out", "second")
+    assert again.returncode == 0, again.stderr
+    (plain,), (told,) = (
+        [p["predicted"] for p in json.loads(done.stdout)["points"]]
+        for done in (ridgeline("run", *ask, "--batch-sizes", "4", "--out", "third"), again)
+    )
+    off = [abs(math.log(p["ratio"]["itl"])) for p in (plain, told)]
+    assert off[1] < 0.5 * off[0], "batch sizes 1 and 2 tell of 4"
+    page = ridgeline("report", "second", "-o", "page.html", "--calibration", "mine.json")
+    assert page.returncode == 0, page.stderr
