@@ -213,7 +213,7 @@ def main(folder: Path) -> None:
     shipped.factors.cache_clear()
     found = validate.predictions(table)
     own, other = (calibrated(table, same=same) for same in (True, False))
-    text = (HERE / "docs" / "validation.head.md").read_text() if (HERE / "docs" / "validation.head.md").exists() else ""
+    text = (Path(__file__).parent / "validation_head.md").read_text()
     for title, part in (("Uncalibrated, models held out", found[held(found)]),
                         ("Uncalibrated, models that frameworks were fitted on", found[~held(found)]),
                         ("Calibrated on ten cells of the same server, on its other cells", own),
