@@ -83,6 +83,7 @@ def test_what_cannot_be_predicted_has_empty_cells_and_a_reason(given, reason):
     assert reason in found.reason
     assert math.isnan(found.pred_ttft_ms)
     assert math.isnan(found.pred_out_tps)
+    assert math.isnan(found.pred_mem_gb)
 
 
 def test_one_bad_row_spoils_no_other():
