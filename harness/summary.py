@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,11 +121,20 @@ def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], asked: Mappi
     inputs, outputs = (row[key] or typical(workload[key]) for key in LENGTHS)
     if inputs is None or outputs is None:
         return None
+    # The run knows what a prediction from outside must assume: its arrivals, how often each client asked, and the share
+    # of its prompts that the server had in its cache.
+    cached = row.get("cache_share")
+    cached = min(0.99, max(0.0, cached)) if cached is not None and math.isfinite(cached) else 0.0
+    load = {"waves": max(1.0, row["requests"] / batch), "cached_share": cached}
+    shape = {"batch": max(1, round(batch)), "input_tokens": round(inputs), "output_tokens": round(outputs)}
+    rate = row["rate"] if workload["mode"] == "open" and isinstance(row["rate"], float | int) else None
     try:
-        found = predict(model, hardware, batch=max(1, round(batch)), input_tokens=round(inputs),
-                        output_tokens=round(outputs), mode=workload["mode"], **asked).as_dict()  # fmt: skip
+        point = predict(model, hardware, **shape, mode=workload["mode"], rate=rate, **load, **asked)
+        if rate and not math.isfinite(point.ttft_s.value):  # saturated: what it does to those in flight
+            point = predict(model, hardware, **shape, mode=workload["mode"], **load, **asked)
     except RidgelineError:
         return None
+    found = point.as_dict()
     measured = {
         name: row[name]["mean"] if name.endswith("_s") and isinstance(row[name], dict) else row[name]
         for name in COMPARED

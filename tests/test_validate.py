@@ -75,6 +75,7 @@ def test_tokens_of_all_requests_make_the_throughput():
         ({"gpu": "T4"}, "does not fit"),
         ({"weight_dtype": "fp5"}, "fp5"),
         ({"tp": 3}, "heads"),
+        ({"isl": 1e12}, "must be from 0"),
     ],
 )
 def test_what_cannot_be_predicted_has_empty_cells_and_a_reason(given, reason):
@@ -82,12 +83,14 @@ def test_what_cannot_be_predicted_has_empty_cells_and_a_reason(given, reason):
     assert reason in found.reason
     assert math.isnan(found.pred_ttft_ms)
     assert math.isnan(found.pred_out_tps)
+    assert math.isnan(found.pred_mem_gb)
 
 
 def test_one_bad_row_spoils_no_other():
-    both = pd.concat([row(gpu="TurboChip-9000"), row()], ignore_index=True)
-    found = validate.predictions(both)
-    assert found.pred_ttft_ms.notna().tolist() == [False, True]
+    several = pd.concat([row(gpu="TurboChip-9000"), row(osl=1e15), row(batch=0), row()], ignore_index=True)
+    found = validate.predictions(several)
+    assert found.pred_ttft_ms.notna().tolist() == [False, False, False, True]
+    assert (found.reason != "").tolist() == [True, True, True, False]
 
 
 def test_without_input_tokens_only_what_hardly_depends_on_them_is_told():
@@ -345,3 +348,26 @@ def test_another_models_calibration_is_less_sure():
     assert [fitted.closeness(replace(case.model, name=n), h) for n, h in (
         (case.model.name, case.hardware), ("another", case.hardware), (case.model.name, other))] == ["same", "model", "hardware"]  # fmt: skip
     assert asdict(fitted.factors_for(case.model, other)) != asdict(fitted.factors)
+
+
+def test_a_run_is_calibrated_on_and_reported_with_it(ridgeline, simulated, tmp_path):
+    """A simulated server: TTFT = 40 ms + 0.1 ms a token, ITL = 12 ms + 0.5 ms a sequence."""
+    url = simulated("--ttft-base", "40ms", "--ttft-per-token", "0.1ms", "--itl-base", "12ms", "--itl-per-batch", "0.5ms",
+                    "--slots", "8")  # fmt: skip
+    ask = ("--url", url, "--model-config", "meta-llama/Llama-3.1-8B", "--hardware", "H100-SXM", "--input-tokens", "100",
+           "--output-tokens", "20", "--waves", "1", "--warmup", "1", "--quiet", "--json")  # fmt: skip
+    first = ridgeline("run", *ask, "--batch-sizes", "1,2", "--out", "first")
+    assert first.returncode == 0, first.stderr
+    done = ridgeline("calibrate", "first", "-o", "mine.json")
+    assert done.returncode == 0, done.stderr
+    assert calibration.from_dict(json.loads((tmp_path / "mine.json").read_text()), "x").cells == 2
+    again = ridgeline("run", *ask, "--batch-sizes", "4", "--calibration", "mine.json", "--out", "second")
+    assert again.returncode == 0, again.stderr
+    (plain,), (told,) = (
+        [p["predicted"] for p in json.loads(done.stdout)["points"]]
+        for done in (ridgeline("run", *ask, "--batch-sizes", "4", "--out", "third"), again)
+    )
+    off = [abs(math.log(p["ratio"]["itl"])) for p in (plain, told)]
+    assert off[1] < 0.5 * off[0], "batch sizes 1 and 2 tell of 4"
+    page = ridgeline("report", "second", "-o", "page.html", "--calibration", "mine.json")
+    assert page.returncode == 0, page.stderr

@@ -55,9 +55,9 @@ def likely(found: pd.DataFrame) -> pd.DataFrame:
             else found[metric] > found[f"bound_{metric}"]
         )
         stopped |= faster & found[f"bound_{metric}"].notna()
-    cold = (
-        found.framework.eq("sglang") & found.ttft_ms.gt(5000) & found.pred_ttft_ms.lt(2000)
-    )  # its first requests compile
+    # SGLang's first requests compile kernels: on two of the published servers they took seconds.
+    slow = found.ttft_ms.gt(5000) & found.pred_ttft_ms.lt(2000)
+    cold = found.framework.str.startswith("sglang") & (slow | found.gpu.eq("b300_sxm"))
     return found[~stopped & ~(found.e2e_s < 0.4 * found.pred_e2e_s) & ~cold]
 
 
@@ -110,17 +110,20 @@ def intervals(plain: pd.DataFrame, own: pd.DataFrame, other: pd.DataFrame) -> li
             ("e2e_s", "e2e_s"),
             ("output_tokens_per_s", "out_tps"),
         ):
-            known = found[found[column].gt(0) & found[f"pred_{column}"].notna()]
+            # dstack's 405B ran at 0.4 to 2 times any estimate, differently on each machine: no interval should hold it.
+            known = found[found[column].gt(0) & (found.dataset != "dstack_405b") & found[f"pred_{column}"].notna()]
             if known.empty:
                 continue
             known = known.assign(ratio=known[column] / known[f"pred_{column}"]).join(_keys(known))
             wide = ("mode", "framework_named", "devices", "kernels", "model_kind")
             for by in (wide, wide[:2] + wide[3:], wide[:1] + wide[3:], wide[:1]):
                 for key, group in known.groupby(list(by)):
-                    if len(group) < (15 if calibrated_as != "model" else 40):
+                    if len(group) < {"no": 15, "same": 30, "model": 40}[calibrated_as]:
                         continue
                     where = dict(zip(by, key, strict=True))
-                    low, high = _spread(group.ratio, SHARE[str(where["mode"])])
+                    low, high = _spread(
+                        group.ratio, SHARE[str(where["mode"])] + (0.03 if calibrated_as == "same" else 0)
+                    )
                     made.append({"metric": metric, "mode": where["mode"], "framework": where.get("framework_named", "*"), "devices": where.get("devices", "*"),
                                  "kernels": where.get("kernels", "*"), "model": where.get("model_kind", "*"),
                                  "calibrated": calibrated_as, "low": low, "high": high, "n": len(group)})  # fmt: skip
@@ -145,10 +148,10 @@ def _keys(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _spread(ratio: pd.Series, share: float) -> tuple[float, float]:
-    """Between which `share` lies, as narrow as can be (of all such spans the one with the least high / low)."""
+    """Between which `share` lies, as narrow as can be."""
     r = np.sort(ratio.to_numpy())
     n = max(2, int(np.ceil(share * len(r))))
-    widths = np.log(r[n - 1 :]) - np.log(r[: len(r) - n + 1])
+    widths = r[n - 1 :] - r[: len(r) - n + 1]
     at = int(np.argmin(widths))
     return float(min(r[at], 0.99)), float(max(r[at + n - 1], 1.01))
 
@@ -210,7 +213,7 @@ def main(folder: Path) -> None:
     shipped.factors.cache_clear()
     found = validate.predictions(table)
     own, other = (calibrated(table, same=same) for same in (True, False))
-    text = (HERE / "docs" / "validation.head.md").read_text() if (HERE / "docs" / "validation.head.md").exists() else ""
+    text = (Path(__file__).parent / "validation_head.md").read_text()
     for title, part in (("Uncalibrated, models held out", found[held(found)]),
                         ("Uncalibrated, models that frameworks were fitted on", found[~held(found)]),
                         ("Calibrated on ten cells of the same server, on its other cells", own),

@@ -10,7 +10,7 @@ from harness.theory.roofline import Setup
 
 Array = npt.NDArray[np.float64]
 MEMORY_SHARE = 0.9  # what an engine takes of the memory: vLLM's default gpu_memory_utilization
-CONTEXT_BYTES = 0.5e9  # CUDA context, kernels and libraries' workspaces of one process
+CONTEXT_BYTES = 0.35e9  # CUDA context and workspaces of a process: 0.3 to 0.5 GB, of which torch counts a part
 GIB_PER_GB = 2**30 / 1e9
 # A data sheet's GB are GiB of memory chips, of which a driver keeps about 1 %: nvidia-smi shows 81559 MiB for an H100 of
 # 80 GB, 143771 for an H200 of 141 GB.  Of the GDDR6 of these, error correction takes a sixteenth: 23028 MiB for an A10.

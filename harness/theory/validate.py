@@ -38,6 +38,7 @@ METRICS = {
     "total_tps": ("output_tokens_per_s", 1.0),
     "mem_gb": ("mem_bytes", 2.0**30),
 }
+MOST = 1e8  # of anything counted
 NO_LENGTH = 128.0  # input tokens where a table does not tell: only what hardly depends on them is predicted
 Server = tuple[Any, ...]
 SERVER = ("model", "gpu", "framework", "weight_dtype", "kv_dtype", "n_gpus", "tp", "pp", "ep")
@@ -141,7 +142,9 @@ def _fill(out: pd.DataFrame, case: Case, kind: str, rows: pd.DataFrame, calibrat
     for column in ("batch", "osl"):
         if column == "osl" or not kind.startswith("offline"):
             out.loc[rows.index[~(rows[column] > 0)], "reason"] = f"{column} is missing"
-    rows = rows[known]
+    absurd = (rows[["batch", "isl", "osl"]] > MOST).any(axis=1) | (rows.isl < 0)
+    out.loc[rows.index[absurd], "reason"] = f"batch, isl and osl must be from 0 to {MOST:g}"
+    rows = rows[known & ~absurd]
     if not len(rows):
         return
     found = swept(case, kind, rows, calibration)
@@ -159,7 +162,7 @@ def _fill(out: pd.DataFrame, case: Case, kind: str, rows: pd.DataFrame, calibrat
             (f"pred_{column}_high", got.high),
             (f"bound_{column}", got.bound),
         ):
-            out.loc[rows.index, name] = np.where(shown & np.isfinite(values), values / unit * scale, np.nan)
+            out.loc[rows.index, name] = np.where(shown & found.fits & np.isfinite(values), values / unit * scale, np.nan)
     out.loc[rows.index[~found.fits], "reason"] = (
         f"{case.model.name} does not fit {case.tp * case.pp * case.dp} × {case.hardware.name}"
     )
