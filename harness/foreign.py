@@ -56,12 +56,22 @@ def loads(text: str, where: str) -> list[Load]:
     values = parsed(text, where)
     try:
         if all(_is_aiperf_record(value) for value in values):
-            return [aiperf({}, values)]
-        return [load for value in values for load in READERS[tool_of(value)](value)]
+            found = [aiperf({}, values)]
+        else:
+            found = [load for value in values for load in READERS[tool_of(value)](value)]
+        return [_sound(load) for load in found]
     except KeyError as problem:
         raise RidgelineError(f"{where}: {_unknown(problem.args[0])}") from None
     except (TypeError, ValueError, AttributeError, IndexError) as problem:
         raise RidgelineError(f"{where}: not as these tools write it: {str(problem)[:160]}") from None
+
+
+def _sound(load: Load) -> Load:
+    if not ((load.batch_size or 0) > 0 or (load.rate or 0.0) > 0):
+        raise ValueError(f"a load of {load.batch_size or load.rate}")
+    if any(record.chunk_s.ndim != 1 for record in load.records):
+        raise ValueError("stamps that are no list")
+    return load
 
 
 def _unknown(key: str) -> str:

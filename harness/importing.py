@@ -40,7 +40,7 @@ def write(paths: Sequence[Path], options: dict[str, Any], command: list[str], ou
             points.append({"batch_size": load.batch_size, "rate": load.rate, "imported": _imported(load, t)})
             tables.append(t)
         if first_id:
-            archive.write(folder / store.PARQUET, tables)
+            archive.write(folder / store.PARQUET, [t for t in tables if len(t)])
         store.write_text(folder / "scenario.yaml", dump(scenario))
         store.write_json(folder / store.RUN, _provenance(loads, points, files, scenario, command))
     except OSError as problem:
@@ -64,7 +64,7 @@ def _read(path: Path) -> tuple[list[Load], list[Path]]:
         return _read(inside[0])
     text = _text(path)
     found = foreign.loads(text, str(path))
-    if found[0].tool != "aiperf":
+    if not found or found[0].tool != "aiperf":
         return found, [path]
     beside = next((file for file in _beside(path) if file.is_file() and file != path), None)
     if beside is None:

@@ -28,8 +28,16 @@ from tests.faults import BY_NAME, CANARY, FAULTS, PROMPT_TOKENS, TOKENS, Fault
 REQUESTS, IN_FLIGHT = 20, 8
 TIMERS = Timers(connect_s=2.0, first_token_s=0.8, idle_s=0.8, total_s=2.0)
 MEMORY = 64 * 2**20
-SEEN_ALONE = ("cancelled", "client_error", "client_files", "client_ports", "connect", "connect_timeout",
-              "failed_elsewhere", "tls")
+SEEN_ALONE = (
+    "cancelled",
+    "client_error",
+    "client_files",
+    "client_ports",
+    "connect",
+    "connect_timeout",
+    "failed_elsewhere",
+    "tls",
+)
 
 # One or two of each kind for every run of the tests; all of them with the long ones.
 SOME = ("ok", "ok-until-close", "bytewise", "crlf-split", "unicode-separators", "no-done", "done-linger", "second-answer",
