@@ -172,7 +172,7 @@ def test_a_file_without_requests_gives_what_it_says_and_no_more(tmp_path: Path) 
     assert point["ttft_s"]["p99"] == pytest.approx(told["p99_ttft_ms"] / 1e3)
     assert point["ttft_s"]["low"] is None and point["ttft_scheduled_s"]["mean"] is None
     assert (point["requests"], point["errors"], point["output_tokens"]) == (24, 2, 20)
-    assert "all figures are as it printed them" in findings(point)["V023"]
+    assert "all figures are as it printed them" in findings(point)["V024"]
     shutil.copy(DATA / "aiperf" / "profile_export_aiperf.json", tmp_path / "alone.json")
     (point,) = imported(tmp_path, tmp_path / "alone.json", name="other")[0]["points"]
     assert not point["imported"]["detailed"] and point["batch_size"] == 4
@@ -187,7 +187,7 @@ def test_records_of_aiperf_alone_tell_the_batch_by_their_times_and_no_version(tm
     shutil.copy(DATA / "aiperf" / "profile_export.jsonl", tmp_path / "alone.jsonl")
     summary, run = imported(tmp_path, tmp_path / "alone.jsonl")
     (point,) = summary["points"]
-    assert point["batch_size"] == 4 and "version not in its file" in findings(point)["V023"]
+    assert point["batch_size"] == 4 and "version not in its file" in findings(point)["V024"]
     assert run.run["versions"] == {"aiperf": "unknown"} and point["ttft_s"]["n"] == 18
     whole = imported(tmp_path, DATA / "aiperf", name="whole")[0]["points"][0]
     assert point["ttft_s"] == whole["ttft_s"] and point["itl_s"] == whole["itl_s"]
@@ -212,7 +212,7 @@ def test_what_lies_between_guidellms_first_and_last_token_is_missing(tmp_path: P
         assert point["output_tokens_per_s"] == pytest.approx(said["output_tokens_per_s"])
         assert point["requests_per_s"] is not None and point["total_tokens_per_s"] is None  # theirs count what failed
         assert not {"V008", "V009"} & findings(point).keys()
-        assert "ITL" in findings(point)["V023"] and "output tokens/s" in findings(point)["V023"]
+        assert "ITL" in findings(point)["V024"] and "output tokens/s" in findings(point)["V024"]
     for other in ("vllm", "sglang"):  # whose figures need every event
         assert math.isnan(compared(run, other)[0]["theirs"]["itl_s"]["mean"])
 
@@ -232,11 +232,11 @@ def test_every_imported_point_says_whose_stamps_these_are(tmp_path: Path) -> Non
         for point in summary["points"]:
             assert (
                 point["verdict"] == "suspect"
-                and f"imported from {point['imported']['name']}" in findings(point)["V023"]
+                and f"imported from {point['imported']['name']}" in findings(point)["V024"]
             )
-            assert "V024" not in findings(point)
+            assert "V025" not in findings(point)
         about = run.run["imported"]
-        assert about["from"] in findings(point)["V023"] and all(len(file["sha256"]) == 64 for file in about["files"])
+        assert about["from"] in findings(point)["V024"] and all(len(file["sha256"]) == 64 for file in about["files"])
         assert "machine" not in run.run  # this one is not where it was measured
     assert run.run["versions"] == {"aiperf": "0.13.0"}
 
@@ -246,7 +246,7 @@ def test_a_file_that_was_edited_contradicts_itself(tmp_path: Path) -> None:
     data["mean_ttft_ms"] *= 0.5
     (tmp_path / "edited.json").write_text(json.dumps(data))
     (point,) = imported(tmp_path, tmp_path / "edited.json")[0]["points"]
-    assert "TTFT" in findings(point)["V024"] and "ITL" not in findings(point)["V024"]
+    assert "TTFT" in findings(point)["V025"] and "ITL" not in findings(point)["V025"]
 
 
 def test_files_of_one_tool_are_the_points_of_one_run(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_the_command_makes_a_run_with_theory_and_a_report(ridgeline: Callable[..
             point["itl_s"]["mean"] / point["predicted"]["itl_s"]["value"]
         )
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "as guidellm 0.8.1 said" in page and "As that tool printed them" in page and "V023" in page
+    assert "as guidellm 0.8.1 said" in page and "As that tool printed them" in page and "V024" in page
     again = ridgeline("report", "run", "--definitions", "aiperf", "-o", "page.html")
     assert again.returncode == 0 and "as aiperf 0.13.0 reckons" in (tmp_path / "page.html").read_text()
     said = one_object(ridgeline("definitions", "run", "--as", "guidellm", "--json").stdout)
