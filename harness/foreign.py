@@ -158,15 +158,15 @@ def vllm(data: Mapping[str, Any]) -> list[Load]:
     n = int(data["completed"]) + int(data.get("failed") or 0)
     slots = data.get("max_concurrency") or data["num_prompts"]
     records = _vllm_records(data) if data.get("start_times") and data.get("itls") else []
-    said: Said = {
-        f"{ours}_s": {q: _number(data.get(f"{q}_{theirs}_ms")) / 1e3 for q in STATISTICS}
-        for ours, theirs in (("ttft", "ttft"), ("itl", "itl"), ("tpot", "tpot"), ("e2e", "e2el"))
-    }
-    for times in said.values():
-        times["n"] = int(data["completed"])
-    for key in ("ttft", "itl", "tpot", "e2el"):  # the median is told even where no percentile was asked for
-        times = said[f"{'e2e' if key == 'e2el' else key}_s"]
-        times["p50"] = _number(data.get(f"median_{key}_ms")) / 1e3 if math.isnan(times["p50"]) else times["p50"]
+    said: Said = {}
+    for ours, theirs in (("ttft", "ttft"), ("itl", "itl"), ("tpot", "tpot"), ("e2e", "e2el")):
+        times = {q: _number(data.get(f"{q}_{theirs}_ms")) for q in STATISTICS}
+        if math.isnan(times["p50"]):  # the median is told even where no percentile was asked for
+            times["p50"] = _number(data.get(f"median_{theirs}_ms"))
+        # It writes 0 for the mean of nothing.
+        said[f"{ours}_s"] = {q: v / 1e3 if times["mean"] else NAN for q, v in times.items()} | {
+            "n": int(data["completed"])
+        }
     said |= {
         "output_tokens_per_s": _number(data.get("output_throughput")),
         "total_tokens_per_s": _number(data.get("total_token_throughput")),
@@ -370,16 +370,16 @@ def comparable(tool: str, said: Mapping[str, Any], empty_events: bool = False) -
     found |= {key: said[key] for key in RATES if key in said}
     itl = dict(said.get("itl_s") or {})
     if tool == "guidellm":
-        skewed: tuple[str, ...] = (
-            () if not said.get("errors") else RATES if said.get("failed_output_tokens") else RATES[1:]
-        )
-        found = {key: value for key, value in found.items() if key not in skewed}
-        return found | {"itl_s": {"mean": itl.get("mean", NAN)}}
+        if said.get("errors"):
+            found = {key: value for key, value in found.items() if key not in RATES}
+            if not said.get("failed_output_tokens"):
+                found["output_tokens_per_s"] = said["output_tokens_per_s"]
+        return found | {"itl_s": {"mean": itl.get("mean", NAN), "n": itl.get("n", 0)}}
     pace, gaps = (said.get("tpot_s"), itl) if tool == "vllm" else (itl, dict(said.get("chunk_gap_s") or {}))
     found |= {"tpot_s": dict(pace or {}), "chunk_gap_s": gaps}
     per_token_s = (pace or {}).get("mean", NAN)
     otherwise = empty_events or abs(gaps.get("mean", NAN) - per_token_s) > APART * per_token_s
-    return found | {"itl_s": {"mean": per_token_s} if otherwise else dict(gaps)}
+    return found | {"itl_s": {"mean": per_token_s, "n": (pace or {}).get("n", 0)} if otherwise else dict(gaps)}
 
 
 def filled(row: Mapping[str, Any], imported: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

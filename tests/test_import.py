@@ -279,10 +279,24 @@ def test_a_sample_of_the_requests_is_not_taken_for_all(tmp_path: Path) -> None:
     assert points[0]["requests"] == 12 and points[0]["ttft_s"]["mean"] == pytest.approx(0.0536, abs=1e-4)
 
 
+def test_zeros_that_a_tool_writes_for_nothing_are_missing(tmp_path: Path) -> None:
+    data = json.loads((DATA / "vllm.json").read_text())
+    data |= {key: 0.0 for key in data if re.match(r"(mean|median|p\d+|std)_itl_ms", key)}  # answers of one token
+    (tmp_path / "short.json").write_text(json.dumps(data))
+    (point,) = imported(tmp_path, tmp_path / "short.json")[0]["points"]
+    assert point["imported"]["said"]["itl_s"]["mean"] is None and point["chunk_gap_s"]["mean"] is None
+    data = json.loads((DATA / "guidellm.json").read_text())
+    for spread in ("time_to_first_token_ms", "inter_token_latency_ms"):  # no answer streamed
+        empty = data["benchmarks"][0]["metrics"][spread]["successful"]
+        empty |= {"mean": 0.0, "count": 0, "percentiles": dict.fromkeys(empty["percentiles"], 0.0)}
+    (load, _) = foreign.loads(json.dumps(data), "file")
+    assert math.isnan(load.said["ttft_s"]["p50"]) and load.said["e2e_s"]["p50"] > 0.2
+
+
 def test_gaps_of_bundled_tokens_are_not_times_between_tokens() -> None:
     said = {"itl_s": {"mean": 0.04, "p99": 0.05}, "tpot_s": {"mean": 0.01, "p99": 0.012}, "ttft_s": {}, "e2e_s": {}}
     found = foreign.comparable("vllm", said)
-    assert found["itl_s"] == {"mean": 0.01} and found["chunk_gap_s"] == said["itl_s"]
+    assert found["itl_s"] == {"mean": 0.01, "n": 0} and found["chunk_gap_s"] == said["itl_s"]
     assert foreign.comparable("vllm", said | {"tpot_s": {"mean": 0.0399}})["itl_s"] == said["itl_s"]
 
 
