@@ -23,6 +23,9 @@ FILES = {
     "vllm-chat": "vllm-chat.json",
     "guidellm": "guidellm.json",
     "aiperf": "aiperf",
+    "vllm on vLLM": "vllm-cpu/vllm.json",
+    "guidellm on vLLM": "vllm-cpu/guidellm.json",
+    "aiperf on vLLM": "vllm-cpu/aiperf",
 }
 LLAMA = {
     "model_type": "llama",
@@ -86,7 +89,7 @@ def aiperf_printed(text: str) -> Printed:
         if len(cells := [c.strip() for c in line.strip("│┃").split("│")]) == 8
     }
     found: Printed = [
-        (key, stat, rows[label][at], 1e3)
+        (key, stat, rows[label][at].replace(",", ""), 1e3)
         for label, key in (("Time to First Token (ms)", "ttft_s"), ("Inter Token Latency (ms)", "itl_s"),
                            ("Request Latency (ms)", "e2e_s"))
         for at, stat in ((0, "mean"), (3, "p99"), (4, "p90"), (5, "p50"))
@@ -104,6 +107,9 @@ PRINTED: dict[str, Callable[[], list[Printed]]] = {
     "vllm-chat": lambda: [vllm_printed((DATA / "vllm-chat.txt").read_text())],
     "guidellm": lambda: [guidellm_printed((DATA / "guidellm.txt").read_text(), n) for n in (2, 4)],
     "aiperf": lambda: [aiperf_printed((DATA / "aiperf" / "printed.txt").read_text())],
+    "vllm on vLLM": lambda: [vllm_printed((DATA / "vllm-cpu" / "vllm.txt").read_text())],
+    "guidellm on vLLM": lambda: [guidellm_printed((DATA / "vllm-cpu" / "guidellm.txt").read_text(), 4)],
+    "aiperf on vLLM": lambda: [aiperf_printed((DATA / "vllm-cpu" / "aiperf" / "printed.txt").read_text())],
 }
 
 
@@ -122,7 +128,7 @@ def test_imported_figures_are_those_that_the_tool_printed(name: str, tmp_path: P
     assert n >= 11
 
 
-@pytest.mark.parametrize("name", ["vllm-detailed", "vllm-chat", "guidellm", "aiperf"])
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"vllm"}))
 def test_their_stamps_under_their_formulas_give_their_figures_again(name: str, tmp_path: Path) -> None:
     """From requests.parquet, not from what the tool said.  guidellm takes percentiles by rank: means there."""
     summary, run = imported(tmp_path, DATA / FILES[name])
