@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import __version__, archive, definitions, foreign, store
+from harness import __version__, archive, definitions, foreign, redaction, store
 from harness.foreign import Load
 from harness.records import RidgelineError, Table, table
 from harness.scenario import Scenario, dump, validate
@@ -42,7 +43,7 @@ def write(paths: Sequence[Path], options: dict[str, Any], command: list[str], ou
         if first_id:
             archive.write(folder / store.PARQUET, [t for t in tables if len(t)])
         store.write_text(folder / "scenario.yaml", dump(scenario))
-        store.write_json(folder / store.RUN, _provenance(loads, points, files, scenario, command))
+        store.write_json(folder / store.RUN, redaction.scrubbed(_provenance(loads, points, files, scenario, command)))
     except OSError as problem:
         raise RidgelineError(f"{folder}: cannot be written: {problem.strerror}") from None
     finally:
@@ -178,7 +179,7 @@ def _provenance(loads: Sequence[Load], points: list[dict[str, Any]], files: list
             "from": first.name,
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "files": files,
-            "url": first.url,
+            "url": re.sub("//[^/]*@", "//", first.url or ""),
         },
         "versions": {foreign.NAMES[first.tool]: first.version or "unknown"},
     }

@@ -247,6 +247,15 @@ def test_every_imported_point_says_whose_stamps_these_are(tmp_path: Path) -> Non
     assert run.run["versions"] == {"aiperf": "0.13.0"}
 
 
+def test_a_password_in_the_servers_address_is_not_kept(tmp_path: Path) -> None:
+    data = json.loads((DATA / "guidellm.json").read_text())
+    data["config"]["spec"]["backend"] |= {"target": "http://user:hunter22@127.0.0.1:8124", "api_key": "sk-hunter22"}
+    (tmp_path / "file.json").write_text(json.dumps(data))
+    _, run = imported(tmp_path, tmp_path / "file.json")
+    assert run.run["imported"]["url"] == "http://127.0.0.1:8124"
+    assert not any(b"hunter22" in file.read_bytes() for file in run.folder.iterdir())
+
+
 def test_a_file_that_was_edited_contradicts_itself(tmp_path: Path) -> None:
     data = json.loads((DATA / "vllm-detailed.json").read_text())
     data["mean_ttft_ms"] *= 0.5
