@@ -336,6 +336,36 @@ def oddities(e: Evidence) -> Finding | None:
                    "no figure hangs on it", "look for a proxy in between, and at the server's streaming and usage")  # fmt: skip
 
 
+def _words(figure: str) -> str:
+    """ttft_s -> TTFT, output_tokens_per_s -> output tokens/s."""
+    name = figure.replace("_per_s", "/s").removesuffix("_s").replace("_", " ")
+    return name.upper() if len(name) <= 4 else name
+
+
+def another_tools(e: Evidence) -> Finding | None:
+    """Figures of an imported result: nothing here saw the wire, nor the client that stamped."""
+    if not (imported := e.row.get("imported")):
+        return None
+    what = "all figures are as it printed them, under its own definitions"
+    if imported["detailed"]:
+        what = f"the stamps ({imported['stamps']}) are its own"
+        if imported["taken"]:
+            what += f"; as it printed them: {', '.join(map(_words, imported['taken']))}"
+    return Finding("V024", "suspect", f"imported from {imported['name']}: {what}",
+                   "how late its client stamped is not known (loop lag, CPU, garbage collection, connections), nor what the "
+                   "machine and the server did meanwhile", "measure the same load with ridgeline, if it is to decide anything")  # fmt: skip
+
+
+def contradicts_itself(e: Evidence) -> Finding | None:
+    if not (differs := (e.row.get("imported") or {}).get("differs")):
+        return None
+    said = "; ".join(f"{_words(d['figure'])} {d['said']:.6g}, by its requests {d['stamps']:.6g}"
+                     for d in differs)  # fmt: skip
+    return Finding("V025", "suspect", f"the file contradicts itself: {said}",
+                   "its requests are not those of its figures, or another version of the tool reckons otherwise",
+                   "see which version wrote it, and whether the file was cut or edited")  # fmt: skip
+
+
 def absent_senses(senses: Mapping[str, str | None]) -> list[Finding]:
     """What could not be sensed beside the run, and what that costs the reader."""
     lacking = []
@@ -356,7 +386,7 @@ def absent_senses(senses: Mapping[str, str | None]) -> list[Finding]:
 
 
 CHECKS: tuple[Callable[[Evidence], Finding | None], ...] = (
-    errors, clocks, client_lag, client_cpu, stolen_core, collector, cgroup_throttled, shared_machine, late_sending,
+    errors, another_tools, contradicts_itself, clocks, client_lag, client_cpu, stolen_core, collector, cgroup_throttled, shared_machine, late_sending,
     input_length, output_length, no_usage, cache_hits,
     burst, server_disagrees, batch_ran, preemptions, gpu_throttled, beats_physics, drift, several_per_event, samples, oddities,
 )  # fmt: skip

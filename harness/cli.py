@@ -179,6 +179,26 @@ def report(
     typer.echo(command.report(runs, out or runs[0] / "report.html", hardware, model_config, definitions, calibration))
 
 
+@app.command("import")
+def import_(
+    files: Annotated[
+        list[Path], typer.Argument(help="Results of vllm bench serve, guidellm or aiperf: one run's points.")
+    ],
+    out: Annotated[str | None, typer.Option(help="Run folder; default: results/NAME-TIME.")] = None,
+    report_path: Annotated[Path | None, typer.Option("--report", help="Where the report goes.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Row to predict for, or `machine` for this one.")] = None,
+    model_config: Annotated[str | None, typer.Option(help="config.json, its folder, or a GGUF file.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Precision of the weights.")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="Precision of the KV cache.")] = None,
+    tp: Annotated[int | None, typer.Option(help="Accelerators that share each layer.")] = None,
+) -> None:
+    """Make a run and a report of what another tool measured: theory beside its figures."""
+    from harness import command
+
+    theory = {"hardware": hardware, "model_config": model_config, "dtype": dtype, "kv_dtype": kv_dtype, "tp": tp}
+    typer.echo(command.import_files(files, out, theory, report_path))
+
+
 @app.command()
 def verify(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Recompute the summary of a run from its records, and say whether the stored one is the same."""

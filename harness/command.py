@@ -129,11 +129,22 @@ def _summary(loaded: store.Run) -> dict[str, Any]:
     return dict(store.clean(found))
 
 
+def import_files(paths: Sequence[Path], out: str | None, theory: Mapping[str, Any], page: Path | None) -> str:
+    """A run folder and a report of other tools' results; returns what the terminal shows."""
+    from harness import importing
+
+    options = _over({}, {"theory": theory})
+    folder = importing.write(paths, options, ["ridgeline", *sys.argv[1:]], out, RESULTS)
+    page = page or folder / "report.html"
+    report([folder], page, None, None)
+    return redaction.clean(text_of(store.read_json(folder / store.SUMMARY), folder, page))
+
+
 def verify(folder: Path) -> str:
     """Recompute the summary from the journal, and compare it and the columns with what is stored.  Raises
     RidgelineError naming what differs."""
     stored_path, columns = folder / store.SUMMARY, folder / store.PARQUET
-    loaded = store.load(folder, columns=False)
+    loaded = store.load(folder, columns=not store.journals(folder))  # an imported run has columns alone
     if not stored_path.exists() or "theory" not in loaded.run:
         raise RidgelineError(f"{folder}: holds no summary to verify; `ridgeline report {folder}` makes one")
     stored = store.read_json(stored_path)
@@ -248,9 +259,10 @@ def _hardware(
 def report(folders: Sequence[Path], page: Path, hardware_name: str | None, model_config: str | None,
            as_tool: str | None = None, calibration: str | None = None) -> str:  # fmt: skip
     found = [summarise(folder, None, hardware_name, model_config, calibration) for folder in folders]
-    if as_tool:
-        for one, folder in zip(found, folders, strict=True):
-            one["definitions"] = _compared(folder, as_tool)
+    for one, folder in zip(found, folders, strict=True):
+        imported = next((str(p["imported"]["tool"]) for p in one["points"] if p.get("imported")), None)
+        if name := as_tool or imported:  # what a tool printed stands beside what we make of it
+            one["definitions"] = _compared(folder, name)
     write_report(folders, found, page)
     return "\n".join([*(one["verdict_sentence"] for one in found), f"report: {page}"])
 
@@ -260,8 +272,10 @@ def _compared(folder: Path, name: str) -> dict[str, Any]:
 
     run = store.load(folder)
     tool = tools.tool(name)
-    return {"run": str(folder), "definitions": name, "version": tool.version,
-            "points": tools.compare(name, run.run, run.blocks)}  # fmt: skip
+    points = tools.compare(name, run.run, run.blocks)
+    own = next((p["imported"] for p in points if p.get("imported") and p["imported"]["tool"] == name), None)
+    return {"run": str(folder), "definitions": name, "version": own["name"] if own else tool.version,
+            "imported": bool(own), "points": points}  # fmt: skip
 
 
 def definitions(folder: Path | None, name: str, as_json: bool) -> str:

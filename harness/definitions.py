@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import metrics, stats, units
+from harness import foreign, metrics, stats, units
 from harness.metrics import chunk_gap_s, e2e_s, ttft_s
 from harness.records import NAN, Floats, RidgelineError, Table
 from harness.stats import Spread
@@ -201,7 +201,8 @@ def figures(name: str, t: Table, mode: str, slots: int) -> dict[str, Any]:
 
 
 def compare(name: str, run: Mapping[str, Any], blocks: Blocks) -> list[dict[str, Any]]:
-    """For each point with a measured request: its batch size or rate, `ours` and `theirs`."""
+    """For each point with a measured request: its batch size or rate, `ours` and `theirs`.  What the tool itself said
+    of an imported result is `theirs`."""
     how, mode = tool(name), run["scenario"]["workload"]["mode"]
     ours = {index: Tally(mode, plan["batch_size"] or 0) for index, plan in enumerate(run["points"])}
     theirs = {index: _Figures(how) for index in ours}
@@ -212,10 +213,14 @@ def compare(name: str, run: Mapping[str, Any], blocks: Blocks) -> list[dict[str,
                 theirs[point].add(t.where((t.point == point) & ~t.warmup))
     found = []
     for index, plan in enumerate(run["points"]):
-        if ours[index].requests:
-            row = ours[index].row()
+        imported = plan.get("imported") or {}
+        if ours[index].requests or imported:
+            row, other = ours[index].row(), theirs[index].row()
+            if said := foreign.known(imported.get("said") or {}):
+                row, _ = foreign.filled(row, imported | {"said": said})
+                other = {key: said[key] for key in (*TIMES, *RATES)} if imported["tool"] == name else other
             mine = {key: row[key] for key in (*TIMES, *RATES)}
-            found.append({**plan, "ours": mine, "theirs": mine if name == "ridgeline" else theirs[index].row()})
+            found.append({**plan, "ours": mine, "theirs": mine if name == "ridgeline" else other})
     return found
 
 

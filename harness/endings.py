@@ -60,6 +60,8 @@ ENDINGS: dict[str, tuple[str, str]] = {
                           "see the server's log"),
     "cancelled": ("still in flight when the run was stopped", ""),
     "client_error": ("our own side failed on this answer", "please report it, with the record's text"),
+    "failed_elsewhere": ("an imported result: the tool that measured counts this request as failed",
+                         "its words stand in the record"),
 }  # fmt: skip
 
 # What is odd about an answer that yet counts as success, or about how a figure of it was come by.

@@ -184,5 +184,7 @@ def tokens_inside(t: Table, windows: Windows) -> dict[str, float]:
         )
         arrivals = np.repeat(rest.sent_s, counts) + rest.chunk_s
         tokens += float(np.repeat(per_chunk, counts)[window_of(arrivals, windows) >= 0].sum())
+        if np.isnan(arrivals).any():  # of an imported result: which of them were inside is not known
+            tokens = NAN
     inputs = float(t.input_tokens[(first >= 0) & (t.input_tokens > 0)].sum())
     return {"output_tokens": tokens, "input_tokens": inputs, "requests": float((last >= 0).sum())}

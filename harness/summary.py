@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import checks, server, units
+from harness import checks, foreign, server, units
 from harness.lengths import typical
 from harness.records import NAN, Finding, RidgelineError
 from harness.tally import Blocks, Tally, count
@@ -32,6 +32,8 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
     theory = scenario["theory"]
     asked = _asked(run, theory)
     asked_in, asked_out = (workload[key] if isinstance(workload[key], int) else None for key in LENGTHS)
+    if run.get("imported"):  # what the tool asked for is not what its file tells
+        asked_in = asked_out = None
     if workload.get("prompts") or workload.get("trace") or workload.get("turns", 1) > 1:
         asked_in = None
     repeats = workload["same_prompt"] or any(workload.get(key) for key in ("shared_prefix", "prompts", "trace"))
@@ -44,9 +46,11 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
     points = []
     for index, plan in enumerate(run["points"]):
         tally = tallies[index]
-        if not tally.requests:
+        if not tally.requests and not plan.get("imported"):
             continue
         row = {"point": index} | plan | tally.row()
+        if plan.get("imported"):
+            row = _imported(row, plan["imported"])
         felt = [e["senses"] for e in events if e.get("event") == "trial_end" and e["point"] == index]
         spans = [(sense["started_s"], sense["ended_s"]) for sense in felt]
         seen = [s for s in samples if any(start <= s["at_s"] <= end for start, end in spans)]
@@ -58,7 +62,8 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         row["verdict"] = checks.verdict(findings)
         row["findings"] = [dataclasses.asdict(f) for f in findings]
         points.append(row)
-    findings = _run_findings(run, state, notes, model, hardware) + checks.absent_senses(server.senses(samples))
+    findings = _run_findings(run, state, notes, model, hardware)
+    findings += [] if run.get("imported") else checks.absent_senses(server.senses(samples))
     worst = max((row["verdict"] for row in points), key=("valid", "suspect", "invalid").index, default="invalid")
     verdict = max(worst, checks.verdict(findings), key=("valid", "suspect", "invalid").index)
     summary = {
@@ -77,6 +82,12 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         "plane": _plane(workload, points, asked, model, hardware),
     }
     return summary | {"verdict_sentence": sentence(summary)}
+
+
+def _imported(row: dict[str, Any], imported: Mapping[str, Any]) -> dict[str, Any]:
+    said = foreign.known(imported["said"])
+    row, taken = foreign.filled(row, dict(imported) | {"said": said}) if said else (row, [])
+    return row | {"imported": dict(imported) | {"taken": taken}}
 
 
 def _beside(tally: Tally, samples: Sequence[Mapping[str, Any]], spans: server.Spans) -> dict[str, Any]:

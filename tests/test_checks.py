@@ -21,6 +21,8 @@ BESIDE = {"server_ttft_s": 0.050, "client_ttft_s": 0.0505, "server_itl_s": 0.010
           "gpu_throttled": [], "gpu_sm_hz": [1.90e9, 1.98e9], "throttled_s": 0.0, "cache_share": 0.0,
           "batch_ran": {"mean": 4, "max": 4, "n": 9}}  # fmt: skip
 
+IMPORTED = {"name": "guidellm 0.8.1", "detailed": True, "stamps": "first and last token", "taken": [], "differs": []}
+
 
 def answers(n: int = 400, trials: int = 1, **changed: Any) -> Table:
     """Answers of 20 tokens: the first after 50 ms, then one each 10 ms."""
@@ -97,6 +99,9 @@ SPEAK: list[tuple[str, str, str, dict[str, Any]]] = [
     ("V022", "suspect", "a pause of the collector", {"gc_max_s": 0.05}),
     ("V023", "suspect", "answers that came compressed", {"records": answers(notes="compressed")}),
     ("V023", "info", "streams without [DONE]", {"records": answers(notes="no_done")}),
+    ("V024", "suspect", "stamps of another tool", {"row": {"imported": IMPORTED}}),
+    ("V025", "suspect", "a file that was edited",
+     {"row": {"imported": IMPORTED | {"differs": [{"figure": "ttft_s", "said": 0.03, "stamps": 0.05}]}}}),
 ]  # fmt: skip
 
 

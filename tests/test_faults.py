@@ -42,7 +42,16 @@ def timers_of(name: str) -> Timers:
 
 
 MEMORY = 64 * 2**20
-SEEN_ALONE = ("cancelled", "client_error", "client_files", "client_ports", "connect", "connect_timeout", "tls")
+SEEN_ALONE = (
+    "cancelled",
+    "client_error",
+    "client_files",
+    "client_ports",
+    "connect",
+    "connect_timeout",
+    "failed_elsewhere",
+    "tls",
+)
 
 # One or two of each kind for every run of the tests; all of them with the long ones.
 SOME = ("ok", "ok-until-close", "bytewise", "crlf-split", "unicode-separators", "no-done", "done-linger", "second-answer",

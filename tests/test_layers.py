@@ -25,6 +25,7 @@ PURE = [
     "journal",
     "server",
     "definitions",
+    "foreign",
 ]
 FORBIDDEN = {"asyncio", "socket", "subprocess", "os", "aiohttp", "uvloop", "time", "signal", "threading", "httptools"}
 FILES = (

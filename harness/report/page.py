@@ -417,6 +417,7 @@ def _repeat(run: RunView, name: str) -> dict[str, Any]:
     groups = [
         (title, tables.flat(tables.redacted(view.child(data, key))))
         for title, data, key in (
+            ("Imported", run.run, "imported"),
             ("Engine", run.run, "engine"),
             ("Machine", run.run, "machine"),
             ("Hardware row", run.summary, "hardware"),

@@ -266,10 +266,24 @@ def definitions_tables(runs: Sequence[RunView]) -> list[Table]:
         said = run.summary.get("definitions") or {}
         for i, point in enumerate(said.get("points", [])):
             load = f"batch size {point['batch_size']}" if point["batch_size"] else f"{point['rate']:g} requests/s"
-            caption = " · ".join(filter(None, [name if len(runs) > 1 else "", load, f"as {said['version']} reckons"]))
+            caption = " · ".join(
+                filter(
+                    None,
+                    [
+                        name if len(runs) > 1 else "",
+                        load,
+                        f"as {said['version']} {'said' if said.get('imported') else 'reckons'}",
+                    ],
+                )
+            )
             head = [[column(text) for text in ("Figure", "Ridgeline", said["definitions"], "difference")]]
             body = [[heading(row[0]), *(figure(text) for text in row[1:])] for row in definitions.rows(point)]
-            notes = ["Recomputed from the stored stamps; `ridgeline definitions` explains each difference."]
+            source = (
+                "As that tool printed them, beside what its stamps give here"
+                if said.get("imported")
+                else "Recomputed from the stored stamps"
+            )
+            notes = [f"{source}; `ridgeline definitions` explains each difference."]
             found.append(Table(f"table-definitions-{len(found)}", caption, head, body, notes if not i else []))
     return found
 
