@@ -41,6 +41,15 @@ def passes_for(s: Setup, tokens: Array) -> Array:
     return np.maximum(1.0, np.ceil(tokens / s.framework.chunk))
 
 
+def waited_share(s: Setup, prompts: Array, tokens: Array) -> Array:
+    """The share of a prefill after which a prompt's own pass has ended, on average: prompts are taken in order, and each
+    pass but the last is full."""
+    passes, each = passes_for(s, prompts * tokens), s.framework.chunk / tokens
+    last = prompts - (passes - 1) * each
+    ends = each * s.framework.chunk * passes * (passes - 1) / 2 + last * prompts * tokens
+    return np.asarray(np.maximum(ends / (prompts**2 * tokens), (prompts + 1) / (2 * prompts)))
+
+
 def prefill_all(s: Setup, prompts: Array, tokens: Array, cached_share: float = 0.0) -> Pass:
     """`prompts` prompts in as many passes as the framework's chunk asks for, over the stages of a pipeline."""
     past = tokens * cached_share
@@ -72,9 +81,9 @@ def static(
     ttft, itl = dict(prefill.terms), dict(step.terms)
     steps = np.maximum(output - 1, 0)
     if progressive:
-        passes = passes_for(s, size * tokens)
-        early = prefill.total * (1 - (passes + 1) / (2 * passes))
-        ttft = {k: v * (passes + 1) / (2 * passes) for k, v in ttft.items()}
+        share = waited_share(s, size, tokens)
+        early = prefill.total * (1 - share)
+        ttft = {k: v * share for k, v in ttft.items()}
         itl["prefills of others"] = early / np.maximum(steps, 1)
     if np.any(waiting > 0):
         ttft["waiting for memory"] = waiting

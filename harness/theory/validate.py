@@ -162,7 +162,9 @@ def _fill(out: pd.DataFrame, case: Case, kind: str, rows: pd.DataFrame, calibrat
             (f"pred_{column}_high", got.high),
             (f"bound_{column}", got.bound),
         ):
-            out.loc[rows.index, name] = np.where(shown & found.fits & np.isfinite(values), values / unit * scale, np.nan)
+            out.loc[rows.index, name] = np.where(
+                shown & found.fits & np.isfinite(values), values / unit * scale, np.nan
+            )
     out.loc[rows.index[~found.fits], "reason"] = (
         f"{case.model.name} does not fit {case.tp * case.pp * case.dp} × {case.hardware.name}"
     )
