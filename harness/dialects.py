@@ -465,9 +465,9 @@ def _in_band_error(message: Any, kind: bytes) -> str:
     if kind == b"error" or message.get("object") == "error" or message.get("type") == "error":
         return _said(message) or "error"
     if "choices" not in message and "usage" not in message:  # a web framework's own words
-        for name in ("message", "detail"):
-            if isinstance(text := message.get(name), str) and text:
-                return text
+        for name in ("message", "detail", "errors"):
+            if (said := message.get(name)) and isinstance(said, str | list):
+                return _said(said)
     return ""
 
 

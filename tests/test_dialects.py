@@ -202,6 +202,9 @@ def test_events_follow_the_standard(name: str, body: bytes, datas: list[bytes]) 
             say(token("a"), b'[{"error": {"code": 429, "message": "quota"}}]', token("b", "stop")),
             "complete",
         ),
+        ("server_error_in_band", say(token("a"), {"detail": [{"msg": "boom"}]}, token("b", "stop")), "complete"),
+        ("server_error_in_band", say(token("a"), {"errors": [{"message": "boom"}]}, token("b", "stop")), "complete"),
+        ("", say(token("a"), {"errors": [], "detail": ""}, token("b", "stop")), "complete"),
         ("aborted_by_server", say(token("a", "abort"), token("b", "stop")), "complete"),
         (
             "",

@@ -278,6 +278,15 @@ def test_an_address_that_is_no_line_of_http_is_refused(url: str) -> None:
         parse_url(url)
 
 
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/null")
+    for path in (tmp_path / "pipe", tmp_path / "device", tmp_path):
+        with pytest.raises(RidgelineError, match="is no file"):
+            store.write_text(path, "x")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "device").is_symlink()
+
+
 def calls(tree: ast.AST) -> Iterator[ast.Call]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
 
