@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from harness import journal
-from harness.records import NAN, Record, RidgelineError
 from harness.recording import Recorder
+from harness.records import NAN, Record, RidgelineError
 
 
 def record(i: int) -> Record:
