@@ -1,8 +1,8 @@
 """What servers say: Request -> (path, body); stamped bytes -> tokens, usage and the class of the ending.
 
 Sans-I/O, so streams recorded from real servers are its tests.  The parser follows the WHATWG event-stream rules
-(https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream) on bytes, with one deviation:
-a final `data: [DONE]` without its blank line is accepted.
+(https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream) on bytes, with three deviations:
+a final `data: [DONE]` without its blank line is accepted, and so are errors in a field `error:` and in an event `error` without data.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ def _events_by_line(body: bytes, start: int) -> list[Event]:
 
 def _event(lines: Sequence[bytes], end: int) -> Event | None:
     data: list[bytes] = []
+    comments: list[bytes] = []
     kind = b""
     for line in lines:
         name, _, value = line.partition(b":")
@@ -114,6 +115,10 @@ def _event(lines: Sequence[bytes], end: int) -> Event | None:
             kind = value
         elif name == b"error":  # llama.cpp before 2025 sent its errors as a field of this name
             data, kind = [value], b"error"
+        elif not name:
+            comments.append(value)
+    if kind == b"error" and not data:  # Dynamo says what went wrong in comments
+        data = comments or [b"error"]
     return (b"\n".join(data), end, kind) if data else None
 
 
@@ -151,7 +156,8 @@ def text_of(choice: Mapping[str, Any]) -> str:
     for key in ("content", "reasoning_content", "reasoning", "refusal"):
         if isinstance(text := delta.get(key), str) and text:
             return text
-    return "…" if delta.get("tool_calls") or (isinstance(delta.get("content"), list) and delta["content"]) else ""
+    calls = delta.get("tool_calls") or delta.get("function_call")
+    return "…" if calls or (isinstance(delta.get("content"), list) and delta["content"]) else ""
 
 
 def interpret(body: bytes, stamps_s: Sequence[float], ends: Sequence[int], status: int, ending: str,
@@ -197,7 +203,7 @@ def _interpret(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: Seq
         _read_stream(answer, body, stamps_s, ends)
     _count(answer, asked)
     if problem == "encoding" or (body.startswith(b"\x1f\x8b") and not coding):
-        _fail(answer, "encoding", f"Content-Encoding is {coding or 'not told'}, and the body is something else")
+        _fail(answer, "encoding", f"the body is not what its Content-Encoding says: {coding or '(none)'}")
     _classify(answer, body, problem if problem in ("event_too_large", "runaway") else ending, asked, note)
 
 
@@ -301,17 +307,17 @@ def _read_stream(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: S
             else:
                 _fail(answer, "encoding", f"an event is no JSON: {words}")
             continue
-        if not isinstance(message, dict):
-            continue
         if problem := _in_band_error(message, kind):
             _fail(answer, "server_error_in_band", problem, force=answer.error_class == "encoding")
+            continue
+        if not isinstance(message, dict):
             continue
         before = said
         said = _take_usage(answer, message, said)
         choice = _choice(message)
         if choice is None:
             continue
-        if choice.get("finish_reason"):
+        if choice.get("finish_reason") and not _illegal(answer.finish_reason):  # a bad end is not mended by a good one
             answer.finish_reason = str(choice["finish_reason"])[:MESSAGE_CHARS]
         if text := text_of(choice):
             ids = choice.get("token_ids")
@@ -410,6 +416,10 @@ def _count(answer: Answer, asked: int) -> None:
         answer.output_tokens, answer.token_source = sum(answer.arrival_tokens), "chunks"
 
 
+def _illegal(finish_reason: str) -> bool:
+    return bool(finish_reason) and finish_reason.lower() not in LEGAL_FINISH
+
+
 def _classify(answer: Answer, body: bytes, ending: str, asked: int, note: str) -> None:
     if answer.error_class == "server_error_in_band":
         return
@@ -422,7 +432,7 @@ def _classify(answer: Answer, body: bytes, ending: str, asked: int, note: str) -
         return
     elif not answer.events:
         _fail(answer, "not_an_llm_response", body[:200].decode("utf-8", "replace") or "the body is empty")
-    elif answer.finish_reason and answer.finish_reason.lower() not in LEGAL_FINISH:
+    elif _illegal(answer.finish_reason):
         _fail(answer, "aborted_by_server", f"finish_reason is {answer.finish_reason!r}")
     elif len(answer.arrival_tokens) > RUNAWAY * asked:
         _fail(answer, "runaway", f"{len(answer.arrival_tokens)} events with text for {asked} tokens asked")
@@ -444,7 +454,9 @@ def _fail(answer: Answer, error_class: str, message: str, force: bool = False) -
 def _in_band_error(message: Any, kind: bytes) -> str:
     """The text of an error object in any known dialect, or "".  `"error": null`, "" and {} are no errors."""
     if not isinstance(message, Mapping):
-        return ""
+        parts = message if isinstance(message, list) else ()  # Gemini puts its error into a list
+        found = (_in_band_error(part, b"") for part in parts if isinstance(part, Mapping))
+        return next(filter(None, found), _said(message) if kind == b"error" else "")
     if error := message.get("error"):
         return _said(error) or "error"
     choice = _choice(message)
@@ -453,9 +465,9 @@ def _in_band_error(message: Any, kind: bytes) -> str:
     if kind == b"error" or message.get("object") == "error" or message.get("type") == "error":
         return _said(message) or "error"
     if "choices" not in message and "usage" not in message:  # a web framework's own words
-        for name in ("message", "detail"):
-            if isinstance(text := message.get(name), str) and text:
-                return text
+        for name in ("message", "detail", "errors"):
+            if (said := message.get(name)) and isinstance(said, str | list):
+                return _said(said)
     return ""
 
 

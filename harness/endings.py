@@ -9,6 +9,7 @@ import re
 
 MESSAGE_CHARS = 4096  # an error's text in a record is cut here
 WORD_CHARS = 40  # a finish reason is a word
+HALF_CHARS = 4  # of a secret: fewer are an "sk-", or a word's ending
 EVENT_BYTES = 2**20  # one event longer than this is not an answer; many of them at once still fit into memory
 KEPT_BYTES = 2**18  # of an answer that was cut for its size
 ERROR_BYTES = 64 * 2**10  # this much of an error's body is read
@@ -86,9 +87,18 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 def plain(text: str, secret: str = "", limit: int = MESSAGE_CHARS) -> str:
     """Foreign text as it may be kept and shown: no control characters, no secret, not endless.
 
-    In this order: a secret with a control character inside must not come together afterwards, nor be cut in two.
+    In this order: a secret with a control character inside must not come together afterwards, nor be cut in two.  The
+    text itself may be the first bytes of a longer one: the beginning of a secret at its end goes too.
     """
-    return redacted(_CONTROL.sub("", text), secret)[:limit]
+    return _without_half(redacted(_CONTROL.sub("", text), secret), secret)[:limit]
+
+
+def _without_half(text: str, secret: str) -> str:
+    """`text` without the beginning of `secret` that it ends with, if that is long enough to tell anything."""
+    for length in range(len(secret) - 1, HALF_CHARS - 1, -1):
+        if text[-length:].lower() == secret[:length].lower():
+            return text[:-length] + "[redacted]"
+    return text
 
 
 def redacted(text: str, *secrets: str) -> str:

@@ -90,4 +90,7 @@ class Recorder:
         await self.process.wait()
         for task in self.tasks:
             task.cancel()
-        return said.decode("utf-8", "replace").strip() if self.process.returncode else ""
+        if not (code := self.process.returncode):
+            return ""
+        told = said.decode("utf-8", "replace").strip()  # nothing, where it was killed
+        return told or f"the recorder ended with {f'signal {-code}' if code < 0 else code}, perhaps for want of memory"

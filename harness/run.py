@@ -329,7 +329,7 @@ async def _measure(session: Session, target: Target, engine: Any) -> None:
         session.info["senses"] = server.senses(store.load_lines(session.folder / store.SERVER))
         if said := await asyncio.shield(session.recorder.close()):
             raise RidgelineError(f"{session.folder / store.JOURNAL}: the records could not be written: "
-                                 f"{said.splitlines()[-1]}; what was written before stands: free some space, then "
+                                 f"{said.splitlines()[-1]}; what was written before stands: mend that, then "
                                  f"`ridgeline report {session.folder}` or `ridgeline run --resume {session.folder}`")  # fmt: skip
 
 

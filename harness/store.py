@@ -80,6 +80,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file at once: a reader sees the old or the new, never a half.  Raises RidgelineError naming the file."""
+    if path.exists() and not path.is_file():  # a device or a pipe would be replaced, and gone
+        raise RidgelineError(f"{path}: cannot be written: is no file; name one")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False,

@@ -76,6 +76,11 @@ class Target:
 def parse_url(url: str, key: str = "") -> Target:
     """A base URL in any of its usual forms (with or without scheme, /v1, a trailing slash, the full path) -> Target."""
     text = url.strip() if "://" in url else f"http://{url.strip()}"
+    if re.search("[@?#]", text):  # first: such a text may hold a secret, and is not to be shown
+        raise RidgelineError("--url: holds a user, password, query or fragment; give http://HOST:PORT, and the key by "
+                             "--api-key-env NAME instead")  # fmt: skip
+    if not re.fullmatch("[!-~]+", text):  # it becomes a line of HTTP
+        raise RidgelineError(f"--url: got {url!r}; a space or a letter beyond ASCII has to be written as %XX")
     try:
         parts = urlsplit(text)
         port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -83,8 +88,6 @@ def parse_url(url: str, key: str = "") -> Target:
         raise RidgelineError(f"--url: got {url!r}: {problem}; give http://HOST:PORT") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise RidgelineError(f"--url: got {url!r}; give http://HOST:PORT or https://HOST")
-    if parts.username or parts.password or parts.query:
-        raise RidgelineError("--url: holds a user, password or query; give the key by --api-key-env NAME instead")
     path = parts.path.rstrip("/")
     for known in ("/v1/chat/completions", "/v1/completions", "/v1"):
         if path.endswith(known):

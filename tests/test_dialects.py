@@ -181,6 +181,37 @@ def test_events_follow_the_standard(name: str, body: bytes, datas: list[bytes]) 
         ("server_error_in_band", say({"object": "error", "message": "boom"}), "complete"),
         ("server_error_in_band", b'event: error\ndata: {"message":"boom"}\n\n', "complete"),
         ("server_error_in_band", b'error: {"message":"boom"}\n\n', "complete"),
+        *[
+            (
+                "server_error_in_band",
+                say(token("a"), done=False) + b"event: error\n" + words + b"\n\n" + say(token("b", "stop")),
+                "complete",
+            )
+            for words in (
+                b"data: null",
+                b'data: ["boom"]',
+                b'data: "boom"',
+                b"data: boom",
+                b"data:",
+                b": boom",
+                b"id: 1",
+            )
+        ],
+        (
+            "server_error_in_band",
+            say(token("a"), b'[{"error": {"code": 429, "message": "quota"}}]', token("b", "stop")),
+            "complete",
+        ),
+        ("server_error_in_band", say(token("a"), {"detail": [{"msg": "boom"}]}, token("b", "stop")), "complete"),
+        ("server_error_in_band", say(token("a"), {"errors": [{"message": "boom"}]}, token("b", "stop")), "complete"),
+        ("", say(token("a"), {"errors": [], "detail": ""}, token("b", "stop")), "complete"),
+        ("aborted_by_server", say(token("a", "abort"), token("b", "stop")), "complete"),
+        (
+            "",
+            say({"choices": [{"delta": {"function_call": {"arguments": "{"}}}]}, token("", "function_call")),
+            "complete",
+        ),
+        ("", say(token("a"), b"[]", b"null", b"[{}]", token("b", "stop")), "complete"),
         ("empty_output", say(token("", "stop"), usage(5, 0)), "complete"),
         ("not_an_llm_response", b"<html>hello</html>", "complete"),
         ("encoding", say(b"{not json"), "complete"),

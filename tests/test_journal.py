@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from harness import journal
+from harness.recording import Recorder
 from harness.records import NAN, Record, RidgelineError
 
 
@@ -128,3 +131,15 @@ def test_random_damage_never_raises_anything_but_a_clear_error() -> None:
 def test_what_is_no_journal_of_ours_is_refused_by_name(data: bytes, said: str) -> None:
     with pytest.raises(RidgelineError, match=said):
         list(journal.read(data, journal.Reading()))
+
+
+def test_a_recorder_that_was_killed_says_so(tmp_path: Path) -> None:
+    """It cannot say so itself: without this a run whose records went nowhere ended as complete."""
+
+    async def killed() -> str:
+        recorder = await Recorder.start(tmp_path / "journal.bin", "")
+        recorder.process.kill()
+        await recorder.process.wait()
+        return await recorder.close()
+
+    assert "signal 9" in asyncio.run(killed())

@@ -22,8 +22,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from harness import endings, redaction, scenario, store
+from harness import dialects, endings, redaction, scenario, store
 from harness.records import RidgelineError
+from harness.wire import parse_url
 from tests import faults
 from tests.conftest import ROOT
 from tests.faults import CANARY
@@ -243,6 +244,47 @@ def test_a_secret_is_taken_out_before_the_text_is_cut(text: str) -> None:
     said = endings.plain(text, CANARY)
     assert CANARY.lower() not in said.lower() and len(said) <= endings.MESSAGE_CHARS
     assert CANARY[:6].lower() not in said.lower()
+
+
+@pytest.mark.parametrize(("status", "ending", "note", "coding", "body"), [
+    (200, "complete", "", "", "x" * 190 + CANARY + "x"),
+    (200, "complete", "", "", "{" + "x" * 189 + CANARY + "x"),
+    (200, "complete", "", "", "data: {" + "\x01" * 90 + "x" * (endings.MESSAGE_CHARS - 100) + CANARY + "\n\n"),
+    (302, "complete", f"Location: http://h/{CANARY[:10]}", "", ""),
+    (200, "complete", "", f"x-{CANARY[:10]}", "data: 1\n\n"),
+    (500, "complete", "", "", "\x01" * 70_000 + CANARY[:10]),
+], ids=["page", "json", "event", "location", "coding", "error"])  # fmt: skip
+def test_half_a_secret_is_in_no_record_either(status: int, ending: str, note: str, coding: str, body: str) -> None:
+    """What a server sends is cut in many places, and a cut may go through a key."""
+    answer = dialects.interpret(body.encode(), [0.0], [len(body)], status, ending, 8, note, coding, CANARY)
+    assert answer.error_class and "[redacted]" in answer.error
+    assert CANARY[:6].lower() not in answer.error.lower()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:{}@127.0.0.1:99999", "ftp://user:{}@host", "http://[::1?key={}", "http://h/#{}"]
+)
+def test_an_address_that_holds_a_secret_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(RidgelineError, match="--api-key-env") as refused:
+        parse_url(url.format(CANARY))
+    assert CANARY not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h/a b", "http://h/a\r\nX-Y: z", "http://h/\u2028a", "http://h/\xfc", "http://h/\0"]
+)
+def test_an_address_that_is_no_line_of_http_is_refused(url: str) -> None:
+    with pytest.raises(RidgelineError, match=r"--url: got .*%XX"):
+        parse_url(url)
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/null")
+    for path in (tmp_path / "pipe", tmp_path / "device", tmp_path):
+        with pytest.raises(RidgelineError, match="is no file"):
+            store.write_text(path, "x")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "device").is_symlink()
 
 
 def calls(tree: ast.AST) -> Iterator[ast.Call]:
