@@ -8,7 +8,7 @@ import os
 import signal
 
 M_MMAP_THRESHOLD = -3  # <malloc.h>
-LARGE_BYTES = 2**16
+LARGE_BYTES = 2**20
 
 
 def return_memory() -> None:
