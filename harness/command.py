@@ -17,7 +17,7 @@ import numpy as np
 from harness import redaction, store, summary, units
 from harness.progress import Progress
 from harness.records import RidgelineError, Table
-from harness.scenario import Scenario, load, validate
+from harness.scenario import MAX_BYTES, Scenario, load, validate
 from harness.theory.calibration import from_dict
 from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict
@@ -32,7 +32,8 @@ def planned(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
     base: dict[str, Any] = {}
     if path is not None:
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            with path.open(encoding="utf-8-sig") as file:
+                text = file.read(MAX_BYTES + 1)  # no more: it may be a device without end
         except (OSError, UnicodeDecodeError) as problem:
             raise RidgelineError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
         base = load(text, str(path)).model_dump(mode="json", by_alias=True, exclude_unset=True)

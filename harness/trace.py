@@ -29,6 +29,8 @@ def rows(path: str) -> Iterator[Row]:
     """Each row of a .csv with a header, or of a file with one JSON object a line.  Raises RidgelineError."""
     line = 0
     try:
+        if not Path(path).is_file() and Path(path).exists() and not path.startswith("/dev/fd/"):
+            raise RidgelineError(f"{path}: not a file; a device or a pipe may have no end: save its rows first")
         with open(path, encoding="utf-8-sig", newline="" if path.endswith(".csv") else None) as file:
             if path.endswith(".csv"):
                 csv.field_size_limit(FIELD_BYTES)

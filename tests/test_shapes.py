@@ -415,3 +415,10 @@ def test_heads_stand_for_each_other_even_in_an_odd_vocabulary() -> None:
     found = asyncio.run(tokens.build(tokens.Counter("server", count), ask, asks, 3000, 1, lambda n: None))
     assert {asyncio.run(count(found.at(i, i))) - (80 + i % 30) for i in range(3000)} == {0}
     assert len({found.at(i, i) for i in range(3000)}) == 3000
+
+
+def test_a_device_without_end_is_refused_and_not_read(ridgeline: Callable[..., Any]) -> None:
+    with pytest.raises(RidgelineError, match="not a file"):
+        trace.read_prompts("/dev/zero", 10)
+    done = ridgeline("run", "/dev/zero", "--dry-run")
+    assert done.returncode == 2 and "a scenario has at most" in done.stderr
