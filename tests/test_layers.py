@@ -26,6 +26,10 @@ PURE = [
     "server",
     "definitions",
     "foreign",
+    "gate",
+    "baseline",
+    "comparison",
+    "gate_text",
 ]
 FORBIDDEN = {"asyncio", "socket", "subprocess", "os", "aiohttp", "uvloop", "time", "signal", "threading", "httptools"}
 FILES = (
