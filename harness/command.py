@@ -68,7 +68,7 @@ def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, qui
     from harness.run import play
 
     progress = Progress(quiet)
-    outcome = _event_loop(play(scenario, ["ridgeline", *sys.argv[1:]], out, RESULTS, progress, resume))
+    outcome = event_loop(play(scenario, ["ridgeline", *sys.argv[1:]], out, RESULTS, progress, resume))
     if outcome.at_once:
         progress.line(f"stopped at once; `ridgeline report {outcome.folder}` makes a report of what was measured")
         return int(outcome.code)
@@ -80,10 +80,10 @@ def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, qui
         print(json.dumps(store.clean(summary.public(found, str(outcome.folder))), allow_nan=False))
     else:
         print(redaction.clean(text_of(found, outcome.folder, page if with_report else None)))
-    return outcome.code or _exit_code(found, scenario, strict)
+    return outcome.code or exit_code(found, scenario, strict)
 
 
-def _event_loop(work: Any) -> Any:
+def event_loop(work: Any) -> Any:
     try:
         import uvloop
     except ImportError:
@@ -91,7 +91,7 @@ def _event_loop(work: Any) -> Any:
     return uvloop.run(work)
 
 
-def _exit_code(found: Mapping[str, Any], scenario: Scenario, strict: bool) -> int:
+def exit_code(found: Mapping[str, Any], scenario: Scenario, strict: bool) -> int:
     requests = sum(point["requests"] for point in found["points"])
     failed = sum(point["errors"] for point in found["points"])
     if not requests or failed / requests > scenario.limits.max_error_rate:
@@ -401,7 +401,7 @@ def selftest(streams: Sequence[int], as_json: bool) -> str:
     """Measure, keep and print the instrument's own error and ceiling."""
     from harness import selftest as test
 
-    rungs = test.measure(streams, _event_loop, Progress(as_json))
+    rungs = test.measure(streams, event_loop, Progress(as_json))
     result = test.ceiling(rungs)
     test.keep(result)
     if as_json:
