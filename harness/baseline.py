@@ -10,7 +10,9 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from harness import metrics, stats
 from harness.records import NAN, RidgelineError
@@ -216,15 +218,51 @@ def tail_doubt(point: Mapping[str, Any], name: str) -> str | None:
     return f"based on n={n} requests a trial; its interval is open below {needed}" if n < needed else None
 
 
-def checked(value: Any, where: str) -> dict[str, Any]:
-    """A baseline as read from a file.  Raises RidgelineError (code 7) if it is none."""
-    if not isinstance(value, dict) or not {"schema", "fingerprint", "points"} <= value.keys():
-        raise RidgelineError(f"{where}: no baseline (`ridgeline baseline update RUN` makes one)", 7)
-    if value["schema"] != FORMAT:
-        raise RidgelineError(
-            f"{where}: baseline of format {value['schema']}; this version reads {FORMAT}: update it", 7
-        )
-    return value
+class _Point(BaseModel):
+    verdict: Literal["valid", "suspect", "invalid"]
+    findings: list[str]
+    requests: int
+    errors: int
+    requests_per_trial: int
+    roof_tokens_per_s: float | None
+    trials: dict[str, list[float | None]]
+
+
+class _Figures(BaseModel):
+    name: str
+    state: str
+    max_error_rate: float
+    fingerprint: dict[str, Any]
+    shown: dict[str, Any]
+    points: dict[str, _Point]
+
+
+class _Spread(BaseModel):
+    trial_sd: float | None
+    trial_df: float
+    run_sd: float | None
+    run_df: float
+
+
+class _Level(BaseModel):
+    runs: int
+    fingerprint: dict[str, Any]
+    points: dict[str, dict[str, _Spread]]
+
+
+def checked(value: Any, where: str, kind: Literal["baseline", "noise level"] = "baseline") -> dict[str, Any]:
+    """A baseline or a noise level as read from a file.  Raises RidgelineError (code 7) if it is none."""
+    version = value.get("schema") if isinstance(value, dict) else None
+    if version is not None and version != FORMAT:
+        raise RidgelineError(f"{where}: {kind} of format {version}; this version reads {FORMAT}: make it anew", 7)
+    try:
+        (_Figures if kind == "baseline" else _Level).model_validate(value)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False)[0]
+        at = ".".join(map(str, first["loc"])) or "(top)"
+        made = "`ridgeline baseline update RUN`" if kind == "baseline" else "`ridgeline noise`"
+        raise RidgelineError(f"{where}: no {kind}: {at}: {first['msg'].lower()}; {made} makes one", 7) from None
+    return dict(value)
 
 
 assert set(LATENCIES) <= {metric.name for metric in metrics.METRICS}

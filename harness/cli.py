@@ -162,7 +162,7 @@ def run(
         "limits": {"max_error_rate": max_error_rate, "run_s": timeout, "connect_s": connect_timeout,
                    "first_token_s": first_token_timeout, "idle_s": idle_timeout, "total_s": request_timeout},
         "interleave": interleave or None,
-        "variants": {"base": {}, "new": {"url": against}} if against else None,
+        "variants": {"base": {"args": []}, "new": {"url": against}} if against else None,
     }  # fmt: skip
     planned = command.resumed(resume, scenario, flags) if resume else command.planned(scenario, flags)
     if dry_run:

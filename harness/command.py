@@ -59,7 +59,7 @@ def resumed(folder: Path, scenario: Path | None, flags: Mapping[str, Any]) -> Sc
     anything: a run is of one plan."""
     if scenario is not None or _over({}, {k: v for k, v in flags.items() if k != "report"}):
         raise RidgelineError(f"--resume {folder}: goes on with the run's own scenario; leave the other options out")
-    return planned(folder / "scenario.yaml", {})
+    return planned(folder / "scenario.yaml", {"report": flags.get("report")})
 
 
 def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, quiet: bool, with_report: bool,

@@ -22,6 +22,7 @@ from harness.scenario import Scenario
 
 HOME = Path(".ridgeline")
 BASELINES, NOISE = HOME / "baselines", HOME / "noise"
+LEAST_RUNS = 3
 LOOKS = 3  # with trials added by the command itself: the first and two top-ups
 
 
@@ -38,7 +39,9 @@ class Output:
 
 
 def figures_of(folder: Path) -> dict[str, Any]:
-    """The figures of a run folder; its summary is made anew from the records."""
+    """The figures of a run folder, its summary made anew from the records; or of a file that holds a run's figures."""
+    if folder.is_file():
+        return baseline.checked(store.read_json(folder), str(folder)) | {"source": str(folder)}
     found = command.summarise(folder)
     run = store.load(folder)
     return dict(store.clean(baseline.figures(run.run, found, run.blocks, run.events))) | {"source": str(folder)}
@@ -79,7 +82,7 @@ def noise_for(path: Path | None, new: Mapping[str, Any]) -> dict[str, Any] | Non
         if path:
             raise RidgelineError(f"--noise {path}: is not there; `ridgeline noise` makes it")
         return None
-    found = baseline.checked(store.read_json(file), str(file))
+    found = baseline.checked(store.read_json(file), str(file), "noise level")
     if differing := baseline.mismatches(found, new):
         told = "; ".join(f"{key}: {one} there, {two} in the new run" for key, (one, two) in differing.items())
         raise RidgelineError(f"--noise {file}: measured under other conditions: {told}", 7)
@@ -214,16 +217,16 @@ def noise(targets: Sequence[Path], scenario: Scenario | None, runs: int, out: Pa
     is played so often, each time with prompts of its own; stores the level and says what it lets be detected."""
     folders = list(targets)
     if scenario is not None:
-        if runs < 2:
-            raise RidgelineError(f"--runs: got {runs}; one run has nothing to differ from")
+        if runs < LEAST_RUNS:
+            raise RidgelineError(f"--runs: got {runs}; give {LEAST_RUNS}, better ten")
         root = out or series.begin(scenario, None, command.RESULTS)
         played = {f"run-{i + 1:02}": _seeded(scenario, i) for i in range(runs)}
         if code := series.play(played, root, False, Progress(quiet)):
             raise RidgelineError(f"{root}: the A/A runs did not end", code)
         folders = [root / name for name in played]
     found = [figures_of(folder) for folder in folders]
-    if len(found) < 2:
-        raise RidgelineError("noise: give two runs of the same, or more")
+    if len(found) < LEAST_RUNS:
+        raise RidgelineError(f"noise: got {len(found)} runs; give {LEAST_RUNS} of the same, better ten")
     for other in found[1:]:
         comparison.comparable(found[0], other, frozenset())
     names = comparison.parse_metrics(metrics) or baseline.primary(found[0]["fingerprint"]["workload.mode"])

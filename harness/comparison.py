@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from harness.records import RidgelineError
 
 # Exit codes (README); a gate says the first that holds.
 ENGINE, REGRESSED, INVALID, UNDECIDED, INCOMPARABLE = 6, 3, 5, 4, 7
+WIDEST = 0.25  # a gate whose default margin had to be wider would be asleep
 NO_BASELINE = "baseline"  # among `allow`: without a baseline only limits are held
 
 
@@ -227,12 +227,13 @@ def _widened(asked: Asked, family: int, options: Options) -> Asked:
         return asked
     trials = min(len(question.base), len(question.new))
     least = gate.least_margin(question.noise, trials, family, options.rule, question.higher_is_better)
-    if question.margin >= least or math.isinf(least):
+    if question.margin >= least:
         return asked
     given = asked.metric in options.margins or asked.metric.rpartition("_")[0] in options.margins
-    if given:
-        raise RidgelineError(f"--margin {asked.metric}: {units.percent(question.margin, 3)} at {asked.point} is below what {trials} "
-                             f"trials can detect at the stored noise ({units.percent(least, 3)}); raise it, or run more trials")  # fmt: skip
+    if given or least > WIDEST:
+        wanted = f"--margin {asked.metric}: {units.percent(question.margin, 3)} at {asked.point}"
+        raise RidgelineError(f"{wanted} is below what {trials} trials can detect at the stored noise ({units.percent(least, 3)}); "
+                             "give a larger one, more trials, or a noise level of more runs")  # fmt: skip
     wider = dataclasses.replace(question, margin=least)
     note = f"margin widened from {units.percent(question.margin, 3)} to what this noise lets be detected"
     return dataclasses.replace(asked, question=wider, notes=(*asked.notes, note))

@@ -74,7 +74,7 @@ def more(row: Row) -> str:
     most = max(row["trials"])
     if row["more_trials"] is None:
         return "inconclusive; at the noise seen 200 trials a side would not settle it"
-    return f"inconclusive; about {max(1, row['more_trials'] - most)} more trials a side would settle a change such as was seen"
+    return f"inconclusive; about {row['more_trials']} trials a side instead of {most} would settle a change such as was seen"
 
 
 def terminal(found: Row) -> str:
