@@ -284,6 +284,18 @@ def noise(
     typer.echo(command_gate.noise(runs_there, scenario, runs, out, store_in, metrics, as_json, quiet))
 
 
+@app.command()
+def doctor(
+    scenario: Annotated[Path | None, typer.Argument(help="The scenario that is to be run.")] = None,
+    url: Annotated[str | None, typer.Option(help="Base URL of the server.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Look whether machine, GPU and server are fit to be measured: before a run, and after it.  Exit 6 if not."""
+    from harness import command_gate
+
+    raise typer.Exit(command_gate.doctor(scenario, url, as_json))
+
+
 @baseline_app.command("update")
 def baseline_update(
     run: Annotated[Path, typer.Argument(help="A run folder.")],

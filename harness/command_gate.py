@@ -313,3 +313,15 @@ def run(scenario: Scenario, *, out: str | None, resume: Path | None, quiet: bool
         shown = {folder.name: summary.public(one, str(folder)) for folder, one in zip(folders, found, strict=True)}
         print(json.dumps(store.clean({"runs": shown}), allow_nan=False))
     return code
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def doctor(path: Path | None, url: str | None, as_json: bool) -> int:
+    """Print what was seen; returns the exit code."""
+    from harness import doctor as this
+
+    checks = this.look(command.planned(path, {"engine": {"url": url}}), command.RESULTS)
+    print(redaction.clean(json.dumps(this.as_dict(checks)) if as_json else this.text(checks)))
+    return 6 if this.failed(checks) else 0

@@ -1,0 +1,73 @@
+"""How often the gate is wrong about real runs: 40 of the same server, 20 of a slower one, all with noise."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness import command_gate, comparison, series
+from harness.comparison import Options
+from harness.progress import Progress
+from harness.scenario import validate
+
+RUNS, SLOWER = 40, 20
+CALIBRATION = 10
+LAW = {"ttft-base": 0.010, "itl-base": 0.002}
+NOISE = ("--slots", "8", "--jitter-cv", "0.05", "--trial-cv", "0.02")
+
+
+@contextlib.contextmanager
+def drifting(url: str) -> Iterator[None]:
+    """The server's luck changes about once a trial: each reset draws a factor for all that follows."""
+    over = threading.Event()
+
+    def reset() -> None:
+        while not over.wait(0.3):
+            urllib.request.urlopen(urllib.request.Request(f"{url}/__reset__", b"", method="POST")).read()
+
+    thread = threading.Thread(target=reset)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def runs_of(url: str, n: int, root: Path, seed: int) -> list[Path]:
+    work = {"mode": "closed", "batch_sizes": [2], "input_tokens": 24, "output_tokens": 16, "requests": 24, "trials": 5}
+    runs = {
+        f"r{i}": validate({"engine": {"url": url}, "workload": work | {"seed": seed + i}}, "test") for i in range(n)
+    }
+    with drifting(url):
+        assert series.play(runs, root, False, Progress(quiet=True)) == 0
+    return [root / name for name in runs]
+
+
+@pytest.mark.full
+def test_40_equal_runs_and_20_slower_ones(simulated: Callable[..., str], tmp_path: Path) -> None:
+    law = [word for name, value in LAW.items() for word in (f"--{name}", f"{value}s")]
+    same = runs_of(simulated(*law, *NOISE), RUNS, tmp_path / "same", 100)
+    command_gate.noise(same[:CALIBRATION], None, 0, None, tmp_path / "noise", None, False, True)
+    [level] = (tmp_path / "noise").glob("*.json")
+    figures = [command_gate.figures_of(folder) for folder in same]
+    gate = Options(gated=True, noise=command_gate.noise_for(level, figures[0]))
+    said = [comparison.compare(figures[i], figures[(i + 1) % RUNS], gate) for i in range(RUNS)]
+    verdicts = [found["verdict"] for found in said]
+    print("the same:", {verdict: verdicts.count(verdict) for verdict in set(verdicts)})
+    assert verdicts.count("fail") <= 1 and verdicts.count("pass") >= 0.7 * RUNS
+    mde = max(row["detectable"] for row in said[0]["answers"])
+    assert np.isfinite(mde) and mde < 0.5
+    law = [word for name, value in LAW.items() for word in (f"--{name}", f"{value * (1 + mde) * 1e3:.4f}ms")]
+    slow = runs_of(simulated(*law, *NOISE, "--seed", "9"), SLOWER, tmp_path / "slow", 500)
+    caught = [
+        comparison.compare(figures[i], command_gate.figures_of(folder), gate)["code"] for i, folder in enumerate(slow)
+    ]
+    print(f"slower by {mde:.1%}: {caught.count(3)} of {SLOWER} caught")
+    assert caught.count(3) >= 0.76 * SLOWER
