@@ -122,8 +122,8 @@ def _short(value: float) -> float:
 
 
 def _roof(predicted: Mapping[str, Any] | None) -> float | None:
-    """Output tokens/s that physics allows, from theory's lower bound of the times; None without a prediction."""
-    return None if not predicted else predicted["output_tokens_per_s"]["high"]
+    """Output tokens/s that physics allows: theory's strict bound; None without a prediction."""
+    return None if not predicted else predicted["output_tokens_per_s"].get("bound")
 
 
 # --- what may be compared --------------------------------------------------------------------------------------------
