@@ -257,12 +257,16 @@ def _hardware(
 
 
 def report(folders: Sequence[Path], page: Path, hardware_name: str | None, model_config: str | None,
-           as_tool: str | None = None, calibration: str | None = None) -> str:  # fmt: skip
+           as_tool: str | None = None, calibration: str | None = None, past: Path | None = None) -> str:  # fmt: skip
     found = [summarise(folder, None, hardware_name, model_config, calibration) for folder in folders]
     for one, folder in zip(found, folders, strict=True):
         imported = next((str(p["imported"]["tool"]) for p in one["points"] if p.get("imported")), None)
         if name := as_tool or imported:  # what a tool printed stands beside what we make of it
             one["definitions"] = _compared(folder, name)
+    if past:
+        from harness import command_gate
+
+        found[0]["history"] = command_gate.past(past)
     write_report(folders, found, page)
     return "\n".join([*(one["verdict_sentence"] for one in found), f"report: {page}"])
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness import baseline, command, comparison, gate, gate_text, redaction, series, store, summary, units
+from harness import baseline, command, comparison, gate, gate_text, history, redaction, series, store, summary, units
 from harness.comparison import NO_BASELINE, Options
 from harness.gate import INCONCLUSIVE, Rule
 from harness.progress import Progress
@@ -206,6 +206,31 @@ def _shown(file: Path) -> str:
                 lines.append(f"  {label:>8} {name:<22} {gate_text.figure({'metric': name}, mean):>14}  {len(values)} trials, "
                              f"CV {units.percent(cv, 2)}")  # fmt: skip
     return "\n".join(lines)
+
+
+def remember(runs: Sequence[Path], folder: Path) -> str:
+    """Append runs to the history of their kind; says which files."""
+    told = []
+    for run in runs:
+        found = figures_of(run)
+        file = folder / f"{baseline.key_of(found)}.csv"
+        before = file.read_text(encoding="utf-8") if file.exists() else ""
+        after = history.appended(before, history.rows_of(found))
+        store.write_text(file, after)
+        told.append(
+            f"{file}: {len(history.parsed(after, str(file)))} lines{'' if after != before else ' (the run was there)'}"
+        )
+    return "\n".join(told)
+
+
+def past(file: Path) -> list[dict[str, Any]]:
+    """A history, for the report.  Raises RidgelineError."""
+    try:
+        return history.parsed(file.read_text(encoding="utf-8"), str(file))
+    except OSError as problem:
+        raise RidgelineError(
+            f"--history {file}: cannot be read: {problem.strerror}; `ridgeline history` makes it"
+        ) from None
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ PURE = [
     "baseline",
     "comparison",
     "gate_text",
+    "history",
 ]
 FORBIDDEN = {"asyncio", "socket", "subprocess", "os", "aiohttp", "uvloop", "time", "signal", "threading", "httptools"}
 FILES = (
