@@ -278,3 +278,21 @@ def test_noise_of_equal_runs_is_stored_and_used(simulated: Callable[..., str], r
         assert done.returncode == 0, done.stdout + done.stderr
     again = ridgeline("noise", "aa/run-01", "aa/run-02", "--store", "x")
     assert again.returncode == 2 and "give 3 of the same" in again.stderr
+
+
+def test_a_server_that_fails_does_not_end_a_matrix(
+    simulated: Callable[..., str], ridgeline: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "m.yaml").write_text(
+        MATRIX.format("http://127.0.0.1:9", simulated(*LAW)).replace("trials: 2", "trials: 1")
+    )
+    done = ridgeline("run", "m.yaml", "--out", "m", "--json", "--no-report")
+    assert done.returncode == 6 and "one: http://127.0.0.1:9: not reachable" in done.stderr
+    assert list(one_object(done.stdout)["runs"]) == ["two"]
+    assert ridgeline("run", "m.yaml", "--out", "m").returncode == 2  # it holds runs already
+
+
+def test_turns_and_gates_need_two_servers(ridgeline: Run) -> None:
+    for flag in ("--interleave", "--gate"):
+        done = ridgeline("run", "--url", "127.0.0.1:9", flag)
+        assert done.returncode == 2 and "--against" in done.stderr

@@ -7,6 +7,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,23 +41,31 @@ def drifting(url: str) -> Iterator[None]:
         thread.join()
 
 
-def runs_of(url: str, n: int, root: Path, seed: int) -> list[Path]:
+def runs_of(url: str, n: int, root: Path, seed: int) -> list[dict[str, Any]]:
+    """The figures of `n` valid runs; one that is invalid, since something else took the client's core, is done again."""
     work = {"mode": "closed", "batch_sizes": [2], "input_tokens": 24, "output_tokens": 16, "requests": 12, "trials": 5}
-    runs = {
-        f"r{i}": validate({"engine": {"url": url}, "workload": work | {"seed": seed + i}}, "test") for i in range(n)
-    }
+    found: list[dict[str, Any]] = []
     with drifting(url):
-        assert series.play(runs, root, False, Progress(quiet=True)) == 0
-    return [root / name for name in runs]
+        for i in range(3 * n):
+            one = validate({"engine": {"url": url}, "workload": work | {"seed": seed + i}}, "test")
+            assert series.play({f"r{i}": one}, root, False, Progress(quiet=True)) == 0
+            figures = command_gate.figures_of(root / f"r{i}")
+            bad = [why for point in figures["points"].values() for why in point["findings"]]
+            print(f"run {i} is invalid: {bad}" if bad else "", end="\n" if bad else "")
+            found += [] if bad else [figures]
+            if len(found) == n:
+                break
+    assert len(found) == n, "this machine is too busy to measure on"
+    return found
 
 
 @pytest.mark.full
 def test_40_equal_runs_and_20_slower_ones(simulated: Callable[..., str], tmp_path: Path) -> None:
     law = [word for name, value in LAW.items() for word in (f"--{name}", f"{value}s")]
-    same = runs_of(simulated(*law, *NOISE), RUNS, tmp_path / "same", 100)
-    command_gate.noise(same[:CALIBRATION], None, 0, None, tmp_path / "noise", None, False, True)
+    figures = runs_of(simulated(*law, *NOISE), RUNS, tmp_path / "same", 100)
+    calibration = [Path(one["source"]) for one in figures[:CALIBRATION]]
+    command_gate.noise(calibration, None, 0, None, tmp_path / "noise", None, False, True)
     [level] = (tmp_path / "noise").glob("*.json")
-    figures = [command_gate.figures_of(folder) for folder in same]
     known = command_gate.noise_for(level, figures[0])
     assert known is not None
     margins = {name: row["margin"] + 1e-6 for name, row in known["points"]["b2"].items() if "margin" in row}
@@ -70,8 +79,6 @@ def test_40_equal_runs_and_20_slower_ones(simulated: Callable[..., str], tmp_pat
     assert np.isfinite(mde)
     law = [word for name, value in LAW.items() for word in (f"--{name}", f"{value * (1 + mde) * 1e3:.4f}ms")]
     slow = runs_of(simulated(*law, *NOISE, "--seed", "9"), SLOWER, tmp_path / "slow", 500)
-    caught = [
-        comparison.compare(figures[i], command_gate.figures_of(folder), gate)["code"] for i, folder in enumerate(slow)
-    ]
+    caught = [comparison.compare(figures[i], one, gate)["code"] for i, one in enumerate(slow)]
     print(f"slower by {mde:.1%}: {caught.count(3)} of {SLOWER} caught")
     assert caught.count(3) >= 0.76 * SLOWER
