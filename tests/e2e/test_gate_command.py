@@ -19,6 +19,7 @@ import pytest
 
 from harness import cli, store
 from tests.conftest import ROOT, one_object
+from tests.e2e.test_real_engines import LLAMA, needs_llama
 from tests.gate_samples import figures, noise, point, save, trials
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -296,3 +297,29 @@ def test_turns_and_gates_need_two_servers(ridgeline: Run) -> None:
     for flag in ("--interleave", "--gate"):
         done = ridgeline("run", "--url", "127.0.0.1:9", flag)
         assert done.returncode == 2 and "--against" in done.stderr
+
+
+@pytest.mark.full
+@needs_llama
+def test_two_sets_of_flags_of_a_real_engine_take_turns(ridgeline: Run, tmp_path: Path) -> None:
+    """llama.cpp with two slots and with one, started anew for each trial: what each ran at once tells that it got its flags."""
+    (tmp_path / "s.yaml").write_text(
+        f"engine: {{kind: llama.cpp, model: smollm2-135m, python: {LLAMA}, slots: 2}}\n"
+        "workload: {mode: closed, batch_sizes: [2], requests: 6, trials: 2, warmup: 1, input_tokens: 64, output_tokens: 16}\n"
+        "variants: {two: {}, one: {args: [--parallel, '1']}}\n"
+        "interleave: true\n"
+    )
+    done = ridgeline("run", "s.yaml", "--out", "ab", "--no-report")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("starting llama.cpp") == 4
+    for name in ("two", "one"):
+        run = store.load(tmp_path / "ab" / name)
+        assert run.run["series"] == {"interleaved": True} and run.run["engine"]["launched"]
+        assert len(run.records.where(~run.records.warmup)) == 12
+    found = one_object(ridgeline("compare", "ab/two", "ab/one", "--json").stdout)
+    assert found["differs"]["engine flags"] == [None, "--parallel 1"]
+    ran = [
+        json.loads((tmp_path / "ab" / name / "summary.json").read_text())["points"][0]["batch_ran"]
+        for name in ("two", "one")
+    ]
+    assert [row["max"] for row in ran] == [2, 1]
