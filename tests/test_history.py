@@ -74,7 +74,7 @@ def test_a_hostile_history_stays_text() -> None:
 def test_the_command_keeps_a_history_and_the_report_shows_it(
     simulated: Callable[..., str], ridgeline: Any, tmp_path: Path
 ) -> None:
-    done = ridgeline("run", "--url", simulated(), "--batch-sizes", "2", "--input-tokens", "24", "--output-tokens", "6", "--trials",
+    done = ridgeline("run", "--url", simulated("--ttft-base", "5ms", "--itl-base", "1ms"), "--batch-sizes", "2", "--input-tokens", "24", "--output-tokens", "6", "--trials",
                      "3", "--no-report", "-q", "--out", "a")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert ridgeline("history", "a").returncode == 0

@@ -137,7 +137,7 @@ def test_a_slower_server_fails_and_the_same_one_does_not(
     url, worse = simulated(*LAW, "--itl-base", "3ms"), simulated(*LAW, "--itl-base", "6ms")
     for name, where, seed in (("first", url, "1"), ("again", url, "2"), ("worse", worse, "3")):
         done = ridgeline(
-            "run", "--url", where, *SHORT, "--batch-sizes", "1,4", "--trials", "4", "--seed", seed, "--out", name
+            "run", "--url", where, *SHORT, "--batch-sizes", "2,4", "--trials", "4", "--seed", seed, "--out", name
         )
         assert done.returncode == 0, done.stderr
     done = ridgeline("baseline", "update", "first", "--reason", "the first one")
@@ -149,11 +149,11 @@ def test_a_slower_server_fails_and_the_same_one_does_not(
     same = ridgeline("compare", ".ridgeline/baselines", "again", "--gate", "--json")
     assert same.returncode == 0, same.stdout
     found = one_object(same.stdout)
-    assert found["verdict"] in ("pass", "inconclusive") and {r["point"] for r in found["answers"]} == {"b1", "b4"}
+    assert found["verdict"] in ("pass", "inconclusive") and {r["point"] for r in found["answers"]} == {"b2", "b4"}
     done = ridgeline("compare", ".ridgeline/baselines", "worse", "--gate", "--json")
     assert done.returncode == 3, done.stdout
     failed = {r["name"] for r in one_object(done.stdout)["answers"] if r["verdict"] == "fail"}
-    assert {"b1 itl_p50", "b4 itl_p50"} <= failed and not {"b1 ttft_p50", "b4 ttft_p50"} & failed
+    assert {"b2 itl_p50", "b4 itl_p50"} <= failed and not {"b2 ttft_p50", "b4 ttft_p50"} & failed
     again = ridgeline("baseline", "update", "again", "--reason", "anew")
     assert "replaced" in again.stdout and "the first one" in again.stdout
 
