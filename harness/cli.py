@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from harness import __version__, redaction
+from harness.cli_gate import app as gate_app
 from harness.records import RidgelineError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -21,6 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
                   help="Measures what an LLM server really does, and holds it against what theory predicts.")  # fmt: skip
 config_app = typer.Typer(no_args_is_help=True, help="Scenario files: a schema for editors, and one to start from.")
 app.add_typer(config_app, name="config")
+app.add_typer(gate_app)
 
 
 def _version(value: bool) -> None:
@@ -103,6 +105,15 @@ def run(
         Path | None,
         typer.Option(help="Take up a run that did not end: finished points are kept, the rest is measured."),
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Base URL of a second server, to be measured beside the first.")
+    ] = None,
+    interleave: Annotated[
+        bool, typer.Option("--interleave", help="Trials of both servers, or of all variants, in turn: ABBA.")
+    ] = False,
+    gate: Annotated[bool, typer.Option("--gate", help="Hold the second variant against the first: `compare`.")] = False,
+    margin: Annotated[str | None, typer.Option(help="Of the gate: itl=3%,ttft=5%.")] = None,
+    noise: Annotated[Path | None, typer.Option(help="Of the gate: what `ridgeline noise` wrote.")] = None,
     max_error_rate: Annotated[float | None, typer.Option(help="Share of failures that ends with exit code 6.")] = None,
     no_preflight: Annotated[
         bool, typer.Option("--no-preflight", help="Ask nothing before the first request; name the model by --model.")
@@ -148,11 +159,25 @@ def run(
                    "preflight": False if no_preflight else None},
         "limits": {"max_error_rate": max_error_rate, "run_s": timeout, "connect_s": connect_timeout,
                    "first_token_s": first_token_timeout, "idle_s": idle_timeout, "total_s": request_timeout},
+        "interleave": interleave or None,
+        "variants": {"base": {"args": []}, "new": {"url": against}} if against else None,
     }  # fmt: skip
     planned = command.resumed(resume, scenario, flags) if resume else command.planned(scenario, flags)
     if dry_run:
         typer.echo(command.plan_text(planned))
         return
+    if planned.variants:
+        from harness import command_gate
+
+        wanted = command_gate.options_of(margin=margin, gated=True) if gate else None
+        raise typer.Exit(
+            command_gate.run(planned, out=out, resume=resume, quiet=quiet, as_json=as_json, with_report=not no_report,
+                             strict=strict, gated=wanted, noise=noise)
+        )  # fmt: skip
+    if interleave or gate:
+        raise RidgelineError(
+            "--interleave and --gate: need two servers; give --against URL, or a scenario with variants"
+        )
     raise typer.Exit(
         command.run(
             planned, out=out, strict=strict, as_json=as_json, quiet=quiet, with_report=not no_report, resume=resume
@@ -172,11 +197,13 @@ def report(
     definitions: Annotated[
         str | None, typer.Option(help="Show the figures under another tool's formulas too: `ridgeline definitions`.")
     ] = None,
+    history: Annotated[Path | None, typer.Option(help="Show how figures went: a file of `ridgeline history`.")] = None,
 ) -> None:
     """Write the page of one run, or of several side by side; rebuilt from the records on disk."""
     from harness import command
 
-    typer.echo(command.report(runs, out or runs[0] / "report.html", hardware, model_config, definitions, calibration))
+    page = out or runs[0] / "report.html"
+    typer.echo(command.report(runs, page, hardware, model_config, definitions, calibration, history))
 
 
 @app.command("import")

@@ -60,7 +60,7 @@ def resumed(folder: Path, scenario: Path | None, flags: Mapping[str, Any]) -> Sc
     anything: a run is of one plan."""
     if scenario is not None or _over({}, {k: v for k, v in flags.items() if k != "report"}):
         raise RidgelineError(f"--resume {folder}: goes on with the run's own scenario; leave the other options out")
-    return planned(folder / "scenario.yaml", {})
+    return planned(folder / "scenario.yaml", {"report": flags.get("report")})
 
 
 def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, quiet: bool, with_report: bool,
@@ -69,7 +69,7 @@ def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, qui
     from harness.run import play
 
     progress = Progress(quiet)
-    outcome = _event_loop(play(scenario, ["ridgeline", *sys.argv[1:]], out, RESULTS, progress, resume))
+    outcome = event_loop(play(scenario, ["ridgeline", *sys.argv[1:]], out, RESULTS, progress, resume))
     if outcome.at_once:
         progress.line(f"stopped at once; `ridgeline report {outcome.folder}` makes a report of what was measured")
         return int(outcome.code)
@@ -81,10 +81,10 @@ def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, qui
         print(json.dumps(store.clean(summary.public(found, str(outcome.folder))), allow_nan=False))
     else:
         print(redaction.clean(text_of(found, outcome.folder, page if with_report else None)))
-    return outcome.code or _exit_code(found, scenario, strict)
+    return outcome.code or exit_code(found, scenario, strict)
 
 
-def _event_loop(work: Any) -> Any:
+def event_loop(work: Any) -> Any:
     try:
         import uvloop
     except ImportError:
@@ -92,7 +92,7 @@ def _event_loop(work: Any) -> Any:
     return uvloop.run(work)
 
 
-def _exit_code(found: Mapping[str, Any], scenario: Scenario, strict: bool) -> int:
+def exit_code(found: Mapping[str, Any], scenario: Scenario, strict: bool) -> int:
     requests = sum(point["requests"] for point in found["points"])
     failed = sum(point["errors"] for point in found["points"])
     if not requests or failed / requests > scenario.limits.max_error_rate:
@@ -258,12 +258,16 @@ def _hardware(
 
 
 def report(folders: Sequence[Path], page: Path, hardware_name: str | None, model_config: str | None,
-           as_tool: str | None = None, calibration: str | None = None) -> str:  # fmt: skip
+           as_tool: str | None = None, calibration: str | None = None, past: Path | None = None) -> str:  # fmt: skip
     found = [summarise(folder, None, hardware_name, model_config, calibration) for folder in folders]
     for one, folder in zip(found, folders, strict=True):
         imported = next((str(p["imported"]["tool"]) for p in one["points"] if p.get("imported")), None)
         if name := as_tool or imported:  # what a tool printed stands beside what we make of it
             one["definitions"] = _compared(folder, name)
+    if past:
+        from harness import command_gate
+
+        found[0]["history"] = command_gate.past(past)
     write_report(folders, found, page)
     return "\n".join([*(one["verdict_sentence"] for one in found), f"report: {page}"])
 
@@ -402,7 +406,7 @@ def selftest(streams: Sequence[int], as_json: bool) -> str:
     """Measure, keep and print the instrument's own error and ceiling."""
     from harness import selftest as test
 
-    rungs = test.measure(streams, _event_loop, Progress(as_json))
+    rungs = test.measure(streams, event_loop, Progress(as_json))
     result = test.ceiling(rungs)
     test.keep(result)
     if as_json:

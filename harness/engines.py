@@ -292,6 +292,11 @@ def vllm(spec: EngineSpec, port: int) -> Launch:
 ENGINES: dict[str, Callable[[EngineSpec, int], Launch]] = {"vllm": vllm, "llama.cpp": llama_cpp}
 
 
+def rehearsed(spec: EngineSpec) -> Launch:
+    """What would be started, and on a free port.  Raises RidgelineError as `launched` would."""
+    return ENGINES[spec.kind](spec, _port(spec))
+
+
 def _has(args: tuple[str, ...], option: str) -> bool:
     return any(word == option or word.startswith(option + "=") for word in args)
 

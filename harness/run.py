@@ -112,6 +112,7 @@ class Session:
     at_once: bool = False
     finished: frozenset[tuple[int, int]] = frozenset()  # (point, trial) that a resumed run has already
     first_id: int = 0
+    upto: int | None = None  # trials to be had when this play ends; None: all
     now: dict[str, Any] = field(default_factory=lambda: {"done": 0, "errors": 0, "total": None, "label": ""})
 
     def save(self) -> None:
@@ -184,15 +185,16 @@ def provenance(scenario: Scenario, command: list[str]) -> dict[str, Any]:
 
 
 async def play(scenario: Scenario, command: list[str], out: str | None, results: Path, progress: Progress,
-               resume: Path | None = None) -> Outcome:  # fmt: skip
+               resume: Path | None = None, upto: int | None = None) -> Outcome:  # fmt: skip
     """Run a scenario to its end.  Raises RidgelineError before the first request if anything is missing; afterwards
-    every record is on disk whatever happens.  `resume`: the folder of a run of this scenario that did not end."""
+    every record is on disk whatever happens.  `resume`: the folder of a run of this scenario that did not end, or has
+    fewer trials than it; `upto`: end when each point has so many trials."""
     task = asyncio.current_task()
     assert task is not None
     if scenario.workload.transport == "openai":
         openai_wire.require()
     folder, lock = store.reopen(resume) if resume else store.create(out, scenario.name, results)
-    session = Session(scenario, folder, progress, provenance(scenario, command), clock())
+    session = Session(scenario, folder, progress, provenance(scenario, command), clock(), upto=upto)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, session.stop, number, task)
@@ -244,11 +246,14 @@ def _code(session: Session) -> int:
 def _continue(session: Session) -> None:
     """Take up a run that did not end: which points are finished, and what numbers and times go on from."""
     found = store.load(session.folder)
-    if found.state == "complete":
-        raise RidgelineError(f"--resume {session.folder}: this run is complete; nothing is left to do")
     session.finished = frozenset(
         (e["point"], e["trial"]) for e in found.events if e.get("event") == "trial_end" and not e.get("stopped")
     )
+    workload = session.scenario.workload
+    trials = range(workload.trials if session.upto is None else min(session.upto, workload.trials))
+    due = {(point.index, trial) for point in points_of(workload) for trial in trials}
+    if found.state == "complete" and (due <= session.finished or workload.precision):
+        raise RidgelineError(f"--resume {session.folder}: this run is complete; nothing is left to do")
     before_s = 0.0
     for t in found.blocks(("id", "end_s"), False):
         session.first_id = max(session.first_id, int(t.id.max()) + 1)
@@ -380,7 +385,7 @@ async def _sweep(session: Session, target: Target, address: tuple[Any, ...], tls
         spent_s: dict[int, float] = {}
         settled: dict[int, bool] = {}
         for trial, point in schedule(workload, lambda point: settled.get(point.index, workload.precision is None)):
-            if session.stopped_by or session.stopped_why or watch.done():
+            if session.stopped_by or session.stopped_why or watch.done() or trial == session.upto:
                 break
             if (point.index, trial) in session.finished:
                 settled[point.index] = True

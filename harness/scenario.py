@@ -304,6 +304,20 @@ class Limits(Part):
     """Share of failed requests above which the command ends with exit code 6."""
 
 
+class Variant(Part):
+    """The server in another form; what is left out is as in `engine`."""
+
+    args: list[str] = []
+    """Arguments of the server, after those of engine.args."""
+    env: dict[str, str] = {}
+    """Environment variables, besides those of engine.env."""
+    url: str | None = None
+    python: str | None = None
+    binary: str | None = None
+    model: str | None = None
+    served_name: str | None = None
+
+
 class Scenario(Part):
     """One experiment.  The file is its documentation."""
 
@@ -326,6 +340,11 @@ class Scenario(Part):
     limits: Limits = Limits()
     report: str | None = None
     """Where the report goes; default: report.html in the run folder."""
+    variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")], Variant] = {}
+    """Name -> {args: [--max-num-seqs, "1"]}, {url: …}, {env: …}: one run each, in a folder of its own (a matrix with the
+    batch sizes); the first is the base of a comparison."""
+    interleave: bool = False
+    """Variants take turns, one trial of all points each, in the order ABBA; servers are started anew for each."""
 
 
 def load(text: str, where: str = "scenario") -> Scenario:

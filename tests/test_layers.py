@@ -26,6 +26,11 @@ PURE = [
     "server",
     "definitions",
     "foreign",
+    "gate",
+    "baseline",
+    "comparison",
+    "gate_text",
+    "history",
 ]
 FORBIDDEN = {"asyncio", "socket", "subprocess", "os", "aiohttp", "uvloop", "time", "signal", "threading", "httptools"}
 FILES = (

@@ -50,6 +50,8 @@ def test_the_standard_is_350_in_150_out_at_batch_1_to_256() -> None:
         ("workload: {waves: 2, requests: 3}", "waves and requests: give one of them"),
         ("limits: {idle_s: soon}", "limits.idle_s: got 'soon', expected a time"),
         ("limits: {idle_s: .nan}", "limits.idle_s: got nan"),
+        ("variants: {a: {arg: []}}", "f.yaml:1: variants.a.arg: unknown key"),
+        ("variants: {../a: {}}", "variants.../a"),
         ("name: ../../x", "name: got '../../x'"),
         ("name: a\nname: b", "f.yaml:2: name: stands twice"),
         ("a: &x [1]\nb: *x", "aliases"),
@@ -73,7 +75,7 @@ def test_times_may_be_written_with_their_unit() -> None:
 def test_the_schema_knows_every_key_and_the_commented_scenario_is_valid() -> None:
     known = json.loads(scenario.schema())["properties"]
     assert set(known) == {"name", "description", "engine", "model", "tokenizer", "api_key_env", "api_key_file", "workload", "client", "theory",
-                          "limits", "report"}  # fmt: skip
+                          "limits", "report", "variants", "interleave"}  # fmt: skip
     assert scenario.load(scenario.commented()) == scenario.Scenario()
 
 

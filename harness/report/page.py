@@ -15,7 +15,7 @@ from importlib.resources import files
 from typing import Any
 
 from harness import units
-from harness.report import tables, view
+from harness.report import tables, trend, view
 from harness.report.charts import CHARTS, PALETTE, RUN_COLOURS, Figure
 from harness.report.tables import Table
 from harness.report.view import HEADLINES, Json, RunView, Shown
@@ -109,6 +109,8 @@ def render(runs: Sequence[RunView]) -> str:
     from markupsafe import Markup
 
     figures = {name: figure for name, chart in CHARTS.items() if (figure := chart.draw(runs)) is not None}
+    if found := trend.draw(runs):
+        figures[trend.ID] = found
     script = _asset("page.js")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = environment.from_string(_asset("template.html.j2")).render(
@@ -141,6 +143,7 @@ def _context(runs: Sequence[RunView], figures: Mapping[str, Figure]) -> dict[str
         "legend": [(place % len(RUN_COLOURS), name) for place, name in enumerate(names)] if len(runs) > 1 else [],
         "advice": [(name, advice) for name, run in zip(names, runs, strict=True) if (advice := _advice(run))],
         "plane": _plane(runs, figures),
+        "trend": trend.section(runs, trend.ID in figures),
         "figures_table": tables.figures_table(runs) if any(view.points(run) for run in runs) else None,
         "definitions": tables.definitions_tables(runs),
         "time": [_time(run, name) for run, name in zip(runs, names, strict=True)],
