@@ -352,6 +352,8 @@ def plan_text(scenario: Scenario) -> str:
     asked = f"prompts of {source}" if source else f"{said[0]} tokens in, {said[1]} out"
     asked += f", sessions of {workload.turns} turns" if workload.turns > 1 else ""
     lines = [f"{scenario.name}: {workload.mode}, {asked}, {trials}, engine {scenario.engine.kind}"]
+    if scenario.variants:
+        lines.append(f"  for each of {', '.join(scenario.variants)}{', in turn' if scenario.interleave else ''}:")
     theory = scenario.theory.model_dump(by_alias=True)
     wants = theory["model_config"] and theory["hardware"] not in (None, "machine")
     inputs = theory_inputs(theory, {}, Progress()) if wants else None

@@ -19,7 +19,7 @@ from harness.command import event_loop
 from harness.records import RidgelineError
 from harness.scenario import Scenario
 
-LOOK_S = 1.0
+LOOK_S = 0.5
 BUSY_SHARE = 0.2  # of all cores, by others
 SUNK = 0.5  # of the largest clock, under load
 BUSY_GPU = 0.05

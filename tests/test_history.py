@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,17 +67,3 @@ def test_a_hostile_history_stays_text() -> None:
         row["point"] = row["engine_version"] = "<script>alert(1)</script>"
     view.summary["history"] = rows
     assert "<script>alert" not in page.render([view])
-
-
-def test_the_command_keeps_a_history_and_the_report_shows_it(
-    simulated: Callable[..., str], ridgeline: Any, tmp_path: Path
-) -> None:
-    done = ridgeline("run", "--url", simulated("--ttft-base", "5ms", "--itl-base", "1ms"), "--batch-sizes", "2", "--input-tokens", "24", "--output-tokens", "6", "--trials",
-                     "3", "--no-report", "-q", "--out", "a")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert ridgeline("history", "a").returncode == 0
-    assert "the run was there" in ridgeline("history", "a").stdout
-    [file] = (tmp_path / ".ridgeline/history").glob("*.csv")
-    done = ridgeline("report", "a", "--history", str(file), "-o", "page.html")
-    assert done.returncode == 0 and 'id="trend"' in (tmp_path / "page.html").read_text()
-    assert ridgeline("report", "a", "--history", "nowhere.csv").returncode == 2

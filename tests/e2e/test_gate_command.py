@@ -154,6 +154,12 @@ def test_a_slower_server_fails_and_the_same_one_does_not(
     assert done.returncode == 3, done.stdout
     failed = {r["name"] for r in one_object(done.stdout)["answers"] if r["verdict"] == "fail"}
     assert {"b2 itl_p50", "b4 itl_p50"} <= failed and not {"b2 ttft_p50", "b4 ttft_p50"} & failed
+    assert ridgeline("history", "first", "again").returncode == 0
+    assert "the run was there" in ridgeline("history", "first").stdout
+    [past] = (tmp_path / ".ridgeline/history").glob("*.csv")
+    done = ridgeline("report", "again", "--history", str(past), "-o", "page.html")
+    assert done.returncode == 0 and 'id="trend"' in (tmp_path / "page.html").read_text()
+    assert ridgeline("report", "again", "--history", "nowhere.csv").returncode == 2
     again = ridgeline("baseline", "update", "again", "--reason", "anew")
     assert "replaced" in again.stdout and "the first one" in again.stdout
 
