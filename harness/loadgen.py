@@ -28,7 +28,7 @@ TICK_S = 0.02  # how often the loop's own lag is looked at
 TIMERS_EVERY = 5  # ticks between looks at the timers of all requests in flight
 GONE_S = 45.0  # a server may restart; one that takes no connection for so long will not come back
 HAND_OVER_S = 0.001  # what has ended is handed to the recorder in small portions, between reads
-HAND_OVER_SHARE = 32  # of the backlog, one part in so many at a time: it is empty within a quarter of a second
+HAND_OVER_TIMES = 100  # a backlog is handed over in so many portions at most, so within an eighth of a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,7 @@ class Player:
         self.done: asyncio.Future[None] | None = None
         self.tasks: set[asyncio.Task[None]] = set()
         self.ended: deque[Exchange] = deque()
+        self.portion = 0  # how many of them are handed over at a time
 
     # -- connections
 
@@ -330,11 +331,14 @@ class Player:
         self.ended.append(exchange)
 
     def _hand_over(self, everything: bool = False) -> None:
-        for _ in range(len(self.ended) if everything else 1 + len(self.ended) // HAND_OVER_SHARE):
+        self.portion = max(self.portion, -(-len(self.ended) // HAND_OVER_TIMES))
+        for _ in range(len(self.ended) if everything else self.portion):
             if not self.ended:
-                return
+                break
             self.sink(self.ended.popleft())
-        if self.ended:
+        if not self.ended:
+            self.portion = 0
+        else:
             asyncio.get_running_loop().call_later(HAND_OVER_S, self._hand_over)
 
     async def _sweep(self, watch: Watch) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from harness import background, recorder, store
 
 BACKLOG_BYTES = 8 * 2**20  # more than this between us and the recorder, and sending waits
-LATE_S, MIND_S, HELP_S = 0.1, 0.04, 2.0
+LATE_S, MIND_S, HELP_S = 1.0, 0.1, 1.0
 F_SETPIPE_SZ = 1031  # <fcntl.h>, Linux
 
 

@@ -30,6 +30,7 @@ clock = time.perf_counter  # CLOCK_MONOTONIC on Linux: shared by all processes o
 
 EVENT_LEAST_BYTES = 8  # no event is shorter: so many bytes at least lie between looks at how many events came
 LAST_CHUNK = b"0\r\n\r\n"  # how a chunked message without trailers ends (RFC 9112, 7.1); text may look like it
+DONE_LAST = b"[DONE]\n\n\r\n" + LAST_CHUNK  # what no text can look like: in JSON a line feed is escaped
 MARKERS = (b"data: [DONE]", b"data:[DONE]")  # how a stream ends
 BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 FRAMING = 8  # a chunk of one byte costs six bytes more
@@ -188,8 +189,14 @@ class Wire(asyncio.Protocol):
         exchange.stamps_s.append(now)
         exchange.reads.append(data)
         exchange.size += len(data)
-        if not self.streaming or data.endswith(LAST_CHUNK):
+        if not self.streaming:
             self.settle(exchange)
+        elif data.endswith(LAST_CHUNK):
+            before = exchange.reads[-2][-32:] if len(data) < 32 else b""
+            if (before + data).endswith(DONE_LAST):
+                self._done(exchange)
+            else:
+                self.settle(exchange)
         if exchange.size > exchange.look_at and self.exchange is exchange:
             self._bound(exchange)
 
@@ -245,6 +252,7 @@ class Wire(asyncio.Protocol):
             exchange.status = self.parser.get_status_code()
             exchange.head_reads = len(exchange.reads) - (not exchange.reads[-1].endswith(b"\r\n\r\n"))
             self.streaming = self.streaming and exchange.status == 200
+            self.keeps = self.parser.should_keep_alive()
 
     def on_message_complete(self) -> None:
         if exchange := self.exchange:
@@ -260,6 +268,7 @@ class Wire(asyncio.Protocol):
     framed = False  # the message's end is told by its framing, not by the connection's
     streaming = False  # chunked: no read but the last needs the parser
     complete = False
+    keeps = True  # the head allows another request on this connection
 
     def settle(self, exchange: Exchange) -> None:
         """Give the parser all that it has not seen, and end the exchange if the message is over."""
@@ -277,6 +286,14 @@ class Wire(asyncio.Protocol):
                 self.finish("malformed_http", str(problem))
         if self.complete:
             self.finish("complete", end_s=exchange.stamps_s[-1])
+
+    def _done(self, exchange: Exchange) -> None:
+        """The end of a stream, without a parser: of answers that end together, the last would hold up the next first
+        tokens.  The recorder unframes all of it."""
+        exchange.keep_alive = exchange.keep_alive and self.keeps
+        self.parser = httptools.HttpResponseParser(self)  # the old one is inside the message
+        self.complete = True
+        self.finish("complete", end_s=exchange.stamps_s[-1])
 
     def look(self, exchange: Exchange) -> None:
         """What no tail told, when nothing came for QUIET_S: a message with trailers, or [DONE] with no end after it."""
