@@ -42,6 +42,7 @@ def test_a_client_that_fails_says_what_it_said(tmp_path: Path) -> None:
         bench.run(python("raise SystemExit('no such model')"), [0], tmp_path, 30)
 
 
+@pytest.mark.full
 def test_one_row_of_the_table_for_each_client_that_is_here() -> None:
     done = subprocess.run([sys.executable, "-m", "tests.bench", "--streams", "2", "--clients", "ridgeline"], cwd=ROOT, text=True,
                           capture_output=True, timeout=120)  # fmt: skip

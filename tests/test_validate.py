@@ -350,6 +350,7 @@ def test_another_models_calibration_is_less_sure():
     assert asdict(fitted.factors_for(case.model, other)) != asdict(fitted.factors)
 
 
+@pytest.mark.full
 def test_a_run_is_calibrated_on_and_reported_with_it(ridgeline, simulated, tmp_path):
     """A simulated server: TTFT = 40 ms + 0.1 ms a token, ITL = 12 ms + 0.5 ms a sequence."""
     url = simulated("--ttft-base", "40ms", "--ttft-per-token", "0.1ms", "--itl-base", "12ms", "--itl-per-batch", "0.5ms",
