@@ -71,6 +71,7 @@ def call(cache: Path, code: str) -> tuple[dict[str, Any], str]:
 ROW = "print(json.dumps(machine.row(None, lambda s: print(s, file=sys.stderr))))"
 
 
+@pytest.mark.full
 def test_a_row_is_measured_and_theory_takes_it(tmp_path: Path) -> None:
     start_s = time.monotonic()
     row, said = call(tmp_path, ROW)

@@ -164,6 +164,7 @@ def test_a_slower_server_fails_and_the_same_one_does_not(
     assert "replaced" in again.stdout and "the first one" in again.stdout
 
 
+@pytest.mark.full
 def test_two_servers_take_turns_and_the_gate_follows(
     simulated: Callable[..., str], ridgeline: Run, tmp_path: Path
 ) -> None:
@@ -230,7 +231,12 @@ FULL = pytest.mark.full
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=FULL), pytest.param(signal.SIGTERM, marks=FULL)]
+    "number",
+    [
+        pytest.param(signal.SIGKILL, marks=FULL),
+        pytest.param(signal.SIGINT, marks=FULL),
+        pytest.param(signal.SIGTERM, marks=FULL),
+    ],
 )
 def test_a_matrix_cut_off_goes_on_and_repeats_no_finished_point(
     number: signal.Signals, simulated: Callable[..., str], ridgeline: Run, tmp_path: Path

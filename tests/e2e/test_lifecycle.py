@@ -184,7 +184,8 @@ def test_a_second_signal_ends_at_once_and_the_journal_is_the_result(every: str, 
     assert done.returncode == 0 and json.loads((tmp_path / "it" / store.SUMMARY).read_text())["state"] == "interrupted"
 
 
-@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_run_that_outlasts_its_time_is_stopped_and_kept(
     workers: str, every: str, ridgeline: Run, tmp_path: Path
 ) -> None:
