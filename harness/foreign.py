@@ -122,6 +122,10 @@ def _count(value: Any) -> int | None:
     return None if math.isnan(found) else round(found)
 
 
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 def _record(id: int, sent_s: float, chunk_s: Floats, **more: Any) -> Record:
     """A request of a tool; its times in seconds after `sent_s`, which counts from the first request sent."""
     values: dict[str, Any] = {
@@ -228,7 +232,7 @@ def guidellm(data: Mapping[str, Any]) -> list[Load]:
             Load("guidellm", str(data["metadata"].get("guidellm_version") or ""), str(backend.get("model") or "unknown"),
                  None if open_loop else 1 if strategy["type_"] == "synchronous" else int(asked),
                  rate if open_loop else None, _guidellm_said(one, metrics, totals),
-                 _guidellm_records(done, failed, open_loop) if whole else [], url=backend.get("target"),
+                 _guidellm_records(done, failed, open_loop) if whole else [], url=_text(backend.get("target")),
                  api="chat" if "chat" in str(backend.get("request_format")) else "completions",
                  started_at=_utc(one.get("start_time")),
                  stamps="of the first and the last token" if whole else "the file holds a sample of the requests, or none")
@@ -298,7 +302,7 @@ def aiperf(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]] = ()) 
     models = ((config.get("models") or {}).get("items")) or [{}]
     return Load("aiperf", str(summary.get("aiperf_version") or ""), str(models[0].get("name") or "unknown"), batch,
                 rate if math.isfinite(rate) else None, _aiperf_said(summary) if summary else {}, records,
-                url=next(iter(endpoint.get("urls") or []), None), api="chat" if "chat" in str(endpoint.get("type")) else "completions",
+                url=_text(next(iter(endpoint.get("urls") or []), None)), api="chat" if "chat" in str(endpoint.get("type")) else "completions",
                 started_at=str(summary.get("start_time") or "").partition(".")[0],
                 stamps="of every event with text" if records else "no requests in the file: profile_export.jsonl beside it has them")  # fmt: skip
 
