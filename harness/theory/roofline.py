@@ -292,7 +292,7 @@ def prefill_pass(s: Setup, prompts: Array, tokens: Array, past: Array | float = 
     total = prompts * tokens
     flops = prompts * model.prefill_attention_flops(tokens, past)
     law = s.prefill
-    done = _matrices(s, total, prompts)
+    done = _matrices(s, total, total if s.framework.all_logits else prompts)
     moved = 2.0 * total * sum(2 * g.count * g.head_dim * (g.heads + g.kv_heads) for g in model.groups)
     done.terms["attention"] = (
         s.factors.compute
@@ -361,6 +361,7 @@ def _overheads(s: Setup, terms: Terms, tokens: Array, attention_latency_s: float
     model, fw = s.model, s.framework
     width = sum(g.count * (8 * model.hidden + 3 * g.token_matmul / model.hidden / 3 / s.tp) for g in model.groups)
     terms["activations"] = tokens * 2.0 * width / s.hardware.bytes_per_s / s.head.bandwidth * s.factors.bandwidth
+    terms["activations"] = terms["activations"] * fw.elementwise
     gemms = sum(g.count * (6 if g.experts else 4) for g in model.groups) + 1
     small = sum(g.count * (SMALL_KERNELS + (4 if g.experts else 0)) for g in model.groups)
     # The tables' narrow products quantize the activations in a kernel of its own, which engines fuse with the norm before:
