@@ -89,6 +89,23 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """What an engine was told of memory: the share of each accelerator that it takes (vLLM's gpu_memory_utilization, 0.9
+    by default), the most tokens of a pass (max_num_batched_tokens; 0: the framework's), or the KV cache of each
+    accelerator in bytes outright (NaN: what is left)."""
+
+    share: float = 0.9
+    batched_tokens: int = 0
+    kv_bytes: float = math.nan
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise RidgelineError(f"the share of the memory must be above 0 and at most 1, got {self.share:g}")
+        if self.batched_tokens < 0 or self.kv_bytes <= 0:
+            raise RidgelineError("the most tokens of a pass and the space of the KV cache must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
 class Setup:
     """A model on accelerators with its dtypes settled.  `flops` and `head_flops` are of one accelerator."""
 
@@ -112,6 +129,7 @@ class Setup:
     decode: kernels.Law
     prefill: kernels.Law
     draft: Draft | None = None
+    memory: Room = Room()
 
     @property
     def gpus(self) -> int:
