@@ -16,6 +16,7 @@ PURE = [
     "lengths",
     "prompts",
     "dialects",
+    "eventstream",
     "endings",
     "metrics",
     "stats",
