@@ -178,7 +178,7 @@ def _leave_nothing_empty(session: Session) -> None:
 @contextlib.asynccontextmanager
 async def _server(session: Session) -> AsyncIterator[tuple[Target, Any]]:
     """The server to ask: started here and stopped at the end, or one that is already there."""
-    from harness import engines
+    from harness import engines, launch
 
     key = client.key_from(session.scenario.api_key_env, session.scenario.api_key_file)
     redaction.guard(key)
@@ -186,9 +186,8 @@ async def _server(session: Session) -> AsyncIterator[tuple[Target, Any]]:
     if spec.kind == "url":
         yield client.target_from(spec.url, key), None
         return
-    async with engines.launched(
-        engines.from_scenario(session.scenario, key), session.folder, session.progress.line
-    ) as engine:
+    wanted = launch.from_scenario(session.scenario, key)
+    async with engines.launched(wanted, session.folder, session.progress.line) as engine:
         yield client.target_from(engine.url, key), engine
 
 
