@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import shutil
 import ssl
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from harness import lengths, tokens, units
 from harness.plan import prompts_needed
 from harness.records import RidgelineError
 from harness.scenario import Scenario, Workload
-from harness.wire import Target, Wire, connect, resolve
+from harness.wire import Target, Wire, connect, parse_url, resolve
 
 LOOK_UP_S = 2.0
 CONNECT_S = 2.5
@@ -29,9 +31,45 @@ def here(scenario: Scenario, folder: Path) -> None:
     if scenario.tokenizer and not tokens.tokenizer_file(scenario.tokenizer):
         raise RidgelineError(f"--tokenizer {scenario.tokenizer}: no tokenizer.json there; give its path or its folder")
     most = in_flight(scenario.workload)
-    _files(most)
-    _ports(most)
+    asked = scenario.at("workload", "max_in_flight" if scenario.workload.mode == "open" else "batch_sizes")
+    _descriptors(most, asked)
+    _ports(most, asked)
     _disk(folder, bytes_of(scenario.workload))
+
+
+def named(scenario: Scenario) -> None:
+    """The files and addresses that a scenario names.  Raises RidgelineError (code 2) with the key, and what is wrong."""
+    workload = scenario.workload
+    for key in ("prompts", "trace"):
+        _file(getattr(workload, key), scenario.at("workload", key))
+    for key in ("input_tokens", "output_tokens"):
+        _file(getattr(getattr(workload, key), "file", None), scenario.at("workload", key, "file"))
+    if scenario.engine.kind == "url" and not scenario.engine.url:
+        _address(os.environ.get("OPENAI_BASE_URL"), "OPENAI_BASE_URL")
+    _address(scenario.engine.url, scenario.at("engine", "url"))
+    for name, variant in scenario.variants.items():
+        _address(variant.url, scenario.at("variants", name, "url"))
+
+
+def _file(name: str | None, where: str) -> None:
+    if name is None:
+        return
+    try:
+        path = Path(name)
+        if path.is_dir():
+            raise IsADirectoryError(0, "is a folder")
+        if stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
+            path.open("rb").close()
+    except (OSError, ValueError) as problem:
+        said = getattr(problem, "strerror", None) or problem
+        raise RidgelineError(f"{where}: {name}: cannot be read: {said}; name a file that is there") from None
+
+
+def _address(url: str | None, where: str) -> None:
+    try:
+        parse_url(url or "localhost")
+    except RidgelineError as problem:
+        raise RidgelineError(f"{where}: {str(problem).removeprefix('--url: ')}") from None
 
 
 def in_flight(workload: Workload) -> int:
@@ -45,23 +83,23 @@ def bytes_of(workload: Workload) -> int:
     return SPARE_BYTES + (prompts_needed(workload) or 0) * (RECORD_BYTES + ARRIVAL_BYTES * longest)
 
 
-def _files(most: int) -> None:
+def _descriptors(most: int, asked: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = most + FILES_SPARE
     if hard != resource.RLIM_INFINITY and hard < need:
-        raise RidgelineError(f"{most} requests at once need {need} open files, and this shell allows {hard}; raise "
+        raise RidgelineError(f"{asked}: {most} requests at once need {need} open files, and this shell allows {hard}; raise "
                              "`ulimit -Hn`, or ask for fewer at once")  # fmt: skip
     if soft < need:
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
-def _ports(most: int) -> None:
+def _ports(most: int, asked: str) -> None:
     try:
         low, high = map(int, PORTS.read_text().split())
     except (OSError, ValueError):
         return  # not Linux: the system will say
     if most > high - low + 1:
-        raise RidgelineError(f"{most} requests at once need as many local ports, and this machine has {high - low + 1} "
+        raise RidgelineError(f"{asked}: {most} requests at once need as many local ports, and this machine has {high - low + 1} "
                              "(net.ipv4.ip_local_port_range); widen the range, or ask for fewer at once")  # fmt: skip
 
 
