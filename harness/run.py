@@ -192,25 +192,13 @@ async def _server(session: Session) -> AsyncIterator[tuple[Target, Any]]:
 
 
 async def _measure(session: Session, target: Target, engine: Any) -> None:
-    scenario, workload = session.scenario, session.scenario.workload
+    scenario = session.scenario
     tls = ssl.create_default_context() if target.scheme == "https" else None
-    asking = scenario.client.preflight
-    address = await (preflight.address_of(target, tls) if asking else resolve(target))
     async with client.session(target) as http:
-        ask = Client(target, http, workload.api, first_s=min(scenario.limits.preflight_s, scenario.limits.total_s))
-        await (_preflight(session, ask, engine) if asking else _trust(session, ask))
-        needed = prompts_needed(workload)
-        asks, texts = asks_of(workload)
-        session.progress.line(f"{ask.model} at {target.url}: preparing {needed or 'as many as needed'} prompts"
-                              + ("" if texts or workload.trace else f" of {lengths.say(workload.model_dump()['input_tokens'])} tokens"))  # fmt: skip
-        where = session.info["engine"].get("model_path")
-        counter = await tokens.find(scenario.tokenizer, where, ask) if asking else tokens.untold(scenario.tokenizer)
-        if texts:
-            prompts = tokens.Prompts(texts, "given", str(workload.prompts or workload.trace), 0, False, asks=asks)
-        else:
-            prompts = await tokens.build(counter, ask.input_tokens if asking else tokens.no_answer, asks, needed or 1 << 18, workload.seed,
-                                         lambda n: session.progress.tick(f"{n} prompts"), workload.same_prompt,
-                                         workload.shared_prefix)  # fmt: skip
+        first_s = min(scenario.limits.preflight_s, scenario.limits.total_s)
+        ask = Client(target, http, scenario.workload.api, first_s=first_s)
+        address = await (_preflight(session, ask, tls, engine) if scenario.client.preflight else _trust(session, ask))
+        prompts = await _prompts(session, ask)
     session.info["prompts"] = {"source": prompts.source, "detail": prompts.detail, "offset": prompts.offset,
                                "proven": prompts.proven}  # fmt: skip
     session.info["t0_monotonic_s"] = session.t0_s
@@ -232,20 +220,23 @@ async def _measure(session: Session, target: Target, engine: Any) -> None:
                                  f"`ridgeline report {session.folder}` or `ridgeline run --resume {session.folder}`")  # fmt: skip
 
 
-async def _trust(session: Session, ask: Client) -> None:
-    """Take the user's word for everything: no request goes before the first of the plan."""
+async def _trust(session: Session, ask: Client) -> tuple[Any, ...]:
+    """Take the user's word for everything: no request goes before the first of the plan.  The server's address."""
     ask.model = session.scenario.model or "model"
     session.info |= {"model": ask.model, "engine": {"url": ask.target.url, "launched": False, "kind": "unknown"},
                      "request": ask.as_dict()}  # fmt: skip
+    return await resolve(ask.target)
 
 
-async def _preflight(session: Session, ask: Client, engine: Any) -> None:
-    """Find model, version and options; everything learned goes into run.json.  Raises RidgelineError (code 6)."""
+async def _preflight(session: Session, ask: Client, tls: ssl.SSLContext | None, engine: Any) -> tuple[Any, ...]:
+    """Find address, model, version and options; everything learned goes into run.json.  Raises RidgelineError (code 6)."""
     scenario = session.scenario
-    entry = await ask.find_model(scenario.model)
-    ask.model = str(entry["id"])
-    props = await client.props_of(ask) if entry.get("owned_by") == "llamacpp" else {}
-    said = await client.version_of(ask, entry, props)
+    async with preflight.within(ask.target):
+        address = await preflight.address_of(ask.target, tls)
+        entry = await ask.find_model(scenario.model)
+        ask.model = str(entry["id"])
+        props = await client.props_of(ask) if entry.get("owned_by") == "llamacpp" else {}
+        said = await client.version_of(ask, entry, props)
     session.info["model"] = ask.model
     info: dict[str, Any] = {"url": ask.target.url, "launched": engine is not None} | said
     if engine is not None:
@@ -253,8 +244,26 @@ async def _preflight(session: Session, ask: Client, engine: Any) -> None:
     elif path := client.local_model_path(entry, props):
         info["model_path"] = path
     session.info["engine"] = info
-    await ask.negotiate(min(4, lengths.longest(scenario.workload.model_dump()["output_tokens"]) or 4))
+    async with preflight.waiting(session.progress, f"a first answer of {ask.model} at {ask.target.url}", ask.first_s):
+        await ask.negotiate(min(4, lengths.longest(scenario.workload.model_dump()["output_tokens"]) or 4))
     session.info["request"] = ask.as_dict()
+    return address
+
+
+async def _prompts(session: Session, ask: Client) -> tokens.Prompts:
+    """The run's prompts: given ones, or made to length by the nearest way to count."""
+    scenario, workload = session.scenario, session.scenario.workload
+    asking, say = scenario.client.preflight, session.progress
+    needed = prompts_needed(workload)
+    asks, texts = asks_of(workload)
+    say.line(f"{ask.model} at {ask.target.url}: preparing {needed or 'as many as needed'} prompts"
+             + ("" if texts or workload.trace else f" of {lengths.say(workload.model_dump()['input_tokens'])} tokens"))  # fmt: skip
+    where = session.info["engine"].get("model_path")
+    counter = await tokens.find(scenario.tokenizer, where, ask) if asking else tokens.untold(scenario.tokenizer)
+    if texts:
+        return tokens.Prompts(texts, "given", str(workload.prompts or workload.trace), 0, False, asks=asks)
+    return await tokens.build(counter, ask.input_tokens if asking else tokens.no_answer, asks, needed or 1 << 18, workload.seed,
+                              lambda n: say.tick(f"{n} prompts"), workload.same_prompt, workload.shared_prefix)  # fmt: skip
 
 
 async def _start_probe(folder: Path, target: Target, same_machine: bool | None) -> subprocess.Popen[bytes]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
 from harness import command, preflight
 from harness.records import RidgelineError
+from harness.wire import parse_url
 
 
 def said_of(tmp_path: Path, text: str, **flags: Any) -> str:
@@ -55,3 +59,34 @@ def test_more_at_once_than_this_machine_takes_is_said_of_its_key(tmp_path: Path)
     ) as problem:
         preflight.here(command.planned(path, {}), tmp_path)
     assert problem.value.code == 2
+
+
+def test_a_first_answer_that_hangs_is_waited_for_aloud_and_given_up_in_its_time(
+    rig: str, ridgeline: Callable[..., CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """The pages come at once, and the completion never: what is waited for is said before it is given up."""
+    (tmp_path / "s.yaml").write_text(f"engine: {{url: {rig}/first-hang-first}}\nlimits: {{preflight_s: 2.5}}\n")
+    done = ridgeline("run", "s.yaml", timeout=30)
+    assert done.returncode == 6
+    told, error = done.stderr.splitlines()
+    assert told.startswith("waiting for a first answer of ") and told.endswith("at most 2.5 s (limits.preflight_s)")
+    assert "within 2.5 s" in error and "limits.preflight_s" in error
+    assert not (tmp_path / "results").exists() or not list((tmp_path / "results").iterdir())
+
+
+def test_a_rate_limit_before_the_run_says_when_to_come_again(
+    rig: str, ridgeline: Callable[..., CompletedProcess[str]]
+) -> None:
+    done = ridgeline("run", "--url", f"{rig}/first-http-429-later")
+    assert done.returncode == 6 and done.stderr.count("error: ") == 1
+    assert "ended as http_429: slow down (Retry-After: 1); the server limits how much may be asked" in done.stderr
+
+
+def test_what_needs_no_model_has_one_time_for_all() -> None:
+    async def slow() -> None:
+        async with preflight.within(parse_url("http://127.0.0.1:1"), 0.05):
+            await asyncio.sleep(5)
+
+    with pytest.raises(RidgelineError, match=r"took longer than 0\.05 s") as problem:
+        asyncio.run(slow())
+    assert problem.value.code == 6

@@ -100,12 +100,12 @@ def test_a_name_that_nobody_knows_is_said(ridgeline: Run, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("fault", "said"), [
     ("http-401", "api-key-env"), ("redirect-307", "redirect"), *(pytest.param(*one, marks=pytest.mark.full) for one in (
-        ("html-200", "--url"), ("hang-first", "limits.preflight_s"), ("http-400-context", "fewer tokens")))])  # fmt: skip
+        ("html-200", "--url"), ("http-400-context", "fewer tokens")))])  # fmt: skip
 def test_what_the_first_answer_tells_comes_with_its_remedy(
     fault: str, said: str, rig: str, ridgeline: Run, tmp_path: Path
 ) -> None:
     scenario = tmp_path / "s.yaml"
-    scenario.write_text(f"engine: {{url: {rig}/first-{fault}}}\nlimits: {{preflight_s: 2}}\n")
+    scenario.write_text(f"engine: {{url: {rig}/first-{fault}}}\n")
     refused(ridgeline, tmp_path, 6, said, "run", str(scenario))
 
 
