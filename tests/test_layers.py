@@ -12,6 +12,7 @@ PURE = [
     "records",
     "units",
     "scenario",
+    "yaml_lines",
     "arrivals",
     "lengths",
     "prompts",
