@@ -32,6 +32,7 @@ PURE = [
     "gate",
     "baseline",
     "comparison",
+    "slo",
     "gate_text",
     "history",
 ]
