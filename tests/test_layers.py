@@ -24,6 +24,9 @@ PURE = [
     "tally",
     "checks",
     "summary",
+    "detail",
+    "prices",
+    "slo",
     "journal",
     "server",
     "definitions",
@@ -31,6 +34,7 @@ PURE = [
     "gate",
     "baseline",
     "comparison",
+    "slo",
     "gate_text",
     "history",
 ]
