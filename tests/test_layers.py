@@ -31,6 +31,7 @@ PURE = [
     "comparison",
     "gate_text",
     "history",
+    "planning",
 ]
 FORBIDDEN = {"asyncio", "socket", "subprocess", "os", "aiohttp", "uvloop", "time", "signal", "threading", "httptools"}
 FILES = (
