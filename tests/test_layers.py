@@ -29,6 +29,7 @@ PURE = [
     "gate",
     "baseline",
     "comparison",
+    "slo",
     "gate_text",
     "history",
     "planning",
