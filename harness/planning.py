@@ -290,10 +290,7 @@ def _in_flight(way: Way, rate: float) -> float:
 
 def _unfit(model: Model, hardware: Hardware, dtype: str, tp: int) -> str:
     has = memory.usable_bytes(hardware) * tp * memory.MEMORY_SHARE
-    return (
-        f"{model.weight_bytes(dtype) / 1e9:.1f} GB of weights leave no room for one sequence in the {has / 1e9:.1f} GB that "
-        f"an engine takes of {f'{tp} × ' if tp > 1 else 'one '}{hardware.name}"
-    )
+    return f"{model.weight_bytes(dtype) / 1e9:.1f} GB of weights, {has / 1e9:.1f} GB that an engine can use"
 
 
 def ways_of(
