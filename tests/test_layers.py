@@ -37,6 +37,7 @@ PURE = [
     "slo",
     "gate_text",
     "history",
+    "planning",
 ]
 FORBIDDEN = {"asyncio", "socket", "subprocess", "os", "aiohttp", "uvloop", "time", "signal", "threading", "httptools"}
 FILES = (
