@@ -30,6 +30,7 @@ PURE = [
     "baseline",
     "comparison",
     "gate_text",
+    "markdown",
     "history",
 ]
 FORBIDDEN = {"asyncio", "socket", "subprocess", "os", "aiohttp", "uvloop", "time", "signal", "threading", "httptools"}
