@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree as xml
 
@@ -98,7 +98,9 @@ def markdown(found: Row) -> str:
     order = {"fail": 0, "inconclusive": 1, "pass": 2}
     rows = sorted(found["answers"], key=lambda row: order[row["verdict"]])
     head = [f"### {md.inert(headline(found), 2000)}", ""]
-    body = md.table(("point", "metric", "baseline", "now", "Δ [95 % CI]", "gate", "MDE", "verdict"), map(_cells, rows), 2)
+    body = md.table(
+        ("point", "metric", "baseline", "now", "Δ [95 % CI]", "gate", "MDE", "verdict"), map(_cells, rows), 2
+    )
     foot = ["", *(f"- {md.inert(line, 1000)}" for line in footing(found))]
     details = ["", "<details><summary>trials and p values</summary>", ""]
     more_rows = md.table(("point", "metric", "trials", "between-trial CV", "p", "p (Holm)", "p (permutation)"),
@@ -114,7 +116,13 @@ def _cells(row: Row) -> list[str]:
 
 def _detail(row: Row) -> list[str]:
     ps = [units.number(row[name], 2) for name in ("p", "p_holm", "p_permutation")]
-    return [md.inert(row["point"]), md.inert(row["metric"]), " / ".join(map(str, row["trials"])), units.percent(row["sd"], 3), *ps]
+    return [
+        md.inert(row["point"]),
+        md.inert(row["metric"]),
+        " / ".join(map(str, row["trials"])),
+        units.percent(row["sd"], 3),
+        *ps,
+    ]
 
 
 # --- JUnit -----------------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 MOST_BYTES = 60_000  # so that it also fits a pull request's comment
 LINE_CHARS = 2000
 _BARRED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-_MARKUP = re.compile(r"[\\`*\[\]{}()<>|~!$^]|(?<!\w)_|_(?!\w)")
+_MARKUP = re.compile(r"[\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w)")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
-_AT_START = re.compile(r"^(\d*)([#+=.)-])")
+_AT_START = re.compile(r"^(\d*)([#+=.)-])(?=[\s#=-]|$)")
 _BREAK = "\u200b"  # no width: a mention or an address that it parts is none
 
 
