@@ -92,6 +92,8 @@ def run(
     kv_dtype: Annotated[str | None, typer.Option(help="Precision of the KV cache.")] = None,
     tp: Annotated[int | None, typer.Option(help="Accelerators that share each layer.")] = None,
     calibration: Annotated[str | None, typer.Option(help="A file of `ridgeline calibrate` to predict with.")] = None,
+    slo: Annotated[str | None, typer.Option(help="What must be met: ttft_p95=500ms,itl_p95=50ms.")] = None,
+    price: Annotated[str | None, typer.Option(help="US dollars for an hour of one accelerator: 1.2/h.")] = None,
     workers: Annotated[str | None, typer.Option(help="Processes to shard the load over; auto: one a core.")] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to shard over; local starts one.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the key.")] = None,
@@ -144,6 +146,7 @@ def run(
         "model": model,
         "tokenizer": tokenizer,
         "api_key_env": api_key_env, "api_key_file": api_key_file,
+        "slo": slo, "price": price,
         "report": report_path,
         "workload": {
             "batch_sizes": _list(batch_sizes, int, "--batch-sizes"), **arrivals_of(rate or ""),
@@ -204,11 +207,13 @@ def report(
         str | None, typer.Option(help="Show the figures under another tool's formulas too: `ridgeline definitions`.")
     ] = None,
     history: Annotated[Path | None, typer.Option(help="Show how figures went: a file of `ridgeline history`.")] = None,
+    slo: Annotated[str | None, typer.Option(help="What must be met, instead of the run's own.")] = None,
+    price: Annotated[str | None, typer.Option(help="US dollars for an hour of one accelerator: 1.2/h.")] = None,
 ) -> None:
     """Write the report of one run, or of several held against the first; rebuilt from the records on disk."""
     from harness import command
 
-    typer.echo(command.report(runs, out, hardware, model_config, definitions, calibration, history, form))
+    typer.echo(command.report(runs, out, hardware, model_config, definitions, calibration, history, slo, price, form))
 
 
 @app.command("import")

@@ -102,7 +102,8 @@ def exit_code(found: Mapping[str, Any], scenario: Scenario, strict: bool) -> int
 
 
 def summarise(folder: Path, progress: Progress | None = None, hardware_name: str | None = None,
-              model_config: str | None = None, calibration: str | None = None) -> dict[str, Any]:  # fmt: skip
+              model_config: str | None = None, calibration: str | None = None,
+              worth: Mapping[str, str | None] | None = None) -> dict[str, Any]:  # fmt: skip
     """Compute summary.json from what is on disk.  Theory's inputs are kept in run.json, so that any machine can."""
     loaded = store.load(folder)
     theory = loaded.run["scenario"]["theory"]
@@ -112,6 +113,10 @@ def summarise(folder: Path, progress: Progress | None = None, hardware_name: str
         wanted = dict(theory) | given
         engine = {"served": loaded.run.get("model"), **(loaded.run.get("engine") or {})}
         loaded.run["theory"] = theory_inputs(wanted, engine, progress or Progress(True))
+        store.write_json(folder / store.RUN, loaded.run)
+    if told := {key: value for key, value in (worth or {}).items() if value}:
+        validate(told, "the options")
+        loaded.run["worth"] = (loaded.run.get("worth") or {}) | told
         store.write_json(folder / store.RUN, loaded.run)
     found = _summary(loaded)
     with contextlib.suppress(RidgelineError):  # a report of a folder that is not ours to write is still a report
@@ -260,11 +265,12 @@ def _hardware(
 
 def report(folders: Sequence[Path], page: Path | None, hardware_name: str | None, model_config: str | None,
            as_tool: str | None = None, calibration: str | None = None, past: Path | None = None,
-           form: str = "html") -> str:  # fmt: skip
+           slo: str | None = None, price: str | None = None, form: str = "html") -> str:  # fmt: skip
     """Write the report; returns what stdout gets.  As md or json it is that itself, unless `page` names a file for it."""
     if form not in FORMS:
         raise RidgelineError(f"--format: got {form!r}; known: {', '.join(FORMS)}")
-    found = [summarise(folder, None, hardware_name, model_config, calibration) for folder in folders]
+    worth = {"slo": slo, "price": price}
+    found = [summarise(folder, None, hardware_name, model_config, calibration, worth) for folder in folders]
     for one, folder in zip(found, folders, strict=True):
         imported = next((str(p["imported"]["tool"]) for p in one["points"] if p.get("imported")), None)
         if name := as_tool or imported:  # what a tool printed stands beside what we make of it

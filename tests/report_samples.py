@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,23 @@ HOSTILE = (
     "<a href='javascript:window.pwned=1'>x</a>\u2028\u2029\x00\ud800\u202e--><!--]]>&lt;b&gt;{{7*7}}${1+1}%{x}\n`#0072b2"
 )
 HOSTILE_LINK = "<a href=\"javascript:window.pwned=1\" target='_self'>javascript:window.pwned=1</a>"
+
+# Strings that ran code, loaded something or broke out of their place in other pages.
+CORPUS = (
+    HOSTILE,
+    HOSTILE_LINK,
+    "</title></style></textarea></noscript></template></pre></script><svg/onload=window.pwned=1>",
+    "\" autofocus onfocus=window.pwned=1 x=\"' onmouseover='window.pwned=1",
+    "<iframe srcdoc='<script>parent.pwned=1</script>'></iframe><object data=javascript:pwned=1>",
+    "<base href=//127.0.0.1/><meta http-equiv=refresh content='0;url=//127.0.0.1/'><link rel=stylesheet href=//127.0.0.1/>",
+    "<style>*{background:url(http://127.0.0.1/x)}</style>}</style>*{background:url(http://127.0.0.1/y)}",
+    "<form action=//127.0.0.1/><input autofocus onfocus=window.pwned=1><button>x</button></form>",
+    "{{constructor.constructor('window.pwned=1')()}}${window.pwned=1}#{1}<%= 1 %>{% raw %}",
+    "__proto__", "constructor", "toString",
+    "<b onclick=window.pwned=1>x</b><br><sub><span style='position:fixed;inset:0'>", "data:text/html,<script>1</script>",
+    "&lt;img src=x onerror=window.pwned=1&gt;&#60;script&#62;", "%3Cscript%3E \\u003cscript\\u003e \\x3cscript\\x3e",
+    "\r\n\r\n<script>window.pwned=1</script>", "x" * 5000, "\u202e\u2066txt.exe\ufeff\ufffe", "",
+)  # fmt: skip
 
 
 def sample() -> RunView:
@@ -70,18 +88,27 @@ def batches(count: int) -> RunView:
 
 def hostile(text: str = HOSTILE) -> RunView:
     """The sample with every text, and every free key, replaced or followed by a hostile one."""
+    return _poisoned(lambda: text)
 
+
+def corpus(first: int) -> RunView:
+    """The same with the texts of CORPUS in turn, from `first` on: over all of them each field has had each text."""
+    turn = itertools.count(first)
+    return _poisoned(lambda: CORPUS[next(turn) % len(CORPUS)])
+
+
+def _poisoned(text: Callable[[], str]) -> RunView:
     def poison(value: Any, free: bool = False) -> Any:
         if isinstance(value, str):
-            return text
+            return text()
         if isinstance(value, list):
             return [poison(entry) for entry in value]
         if isinstance(value, dict):
-            return {key + text if free else key: poison(entry, key in _FREE) for key, entry in value.items()}
+            return {key + text() if free else key: poison(entry, key in _FREE) for key, entry in value.items()}
         return value
 
     view = sample()
-    return RunView(poison(view.summary), poison(view.run), text + "\n" + text)
+    return RunView(poison(view.summary), poison(view.run), text() + "\n" + text())
 
 
 _FREE = {"terms", "error_classes", "flops", "versions", "machine", "scenario", "engine"}
