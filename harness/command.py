@@ -283,18 +283,21 @@ def report(folders: Sequence[Path], page: Path | None, hardware_name: str | None
         page = page or folders[0] / "report.html"
         write_report(folders, found, page)
     else:
-        from harness.report import formats
-
-        seen = views(folders, found)
-        text = (
-            formats.markdown(seen)
-            if form == "md"
-            else json.dumps(store.clean(formats.data(seen)), allow_nan=False) + "\n"
-        )
+        text = _text_form(folders, found, form)
         if page is None:
-            return redaction.clean(text.rstrip(), len(text))
-        store.write_text(page, redaction.clean(text, len(text)))
+            return text.rstrip()
+        store.write_text(page, text)
     return "\n".join([*(one["verdict_sentence"] for one in found), f"report: {page}"])
+
+
+def _text_form(folders: Sequence[Path], found: Sequence[dict[str, Any]], form: str) -> str:
+    from harness.report import formats
+
+    seen = views(folders, found)
+    text = (
+        formats.markdown(seen) if form == "md" else json.dumps(store.clean(formats.data(seen)), allow_nan=False) + "\n"
+    )
+    return redaction.clean(text, len(text))
 
 
 def _compared(folder: Path, name: str) -> dict[str, Any]:
