@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness import journal, store
 from harness.report.page import RunView
 
 DATA = Path(__file__).parent / "data"
@@ -112,3 +113,46 @@ def _poisoned(text: Callable[[], str]) -> RunView:
 
 
 _FREE = {"terms", "error_classes", "flops", "versions", "machine", "scenario", "engine"}
+
+
+# Words that the program itself reads: a run that says others is refused, or never came about.
+_READ = {"mode", "api", "transport", "arrivals", "state", "dtype", "kv_dtype", "compute_dtype", "matmul_dtype", "family",
+         "event", "started_at"}  # fmt: skip
+
+
+def poison_folder(folder: Path) -> None:
+    """A real run folder with a text of CORPUS in every text of run.json, of the server's samples, and of the records, of
+    which every other one has failed; what is derived of them is removed."""
+    turn = itertools.count()
+
+    def text() -> str:
+        return CORPUS[next(turn) % len(CORPUS)].encode("utf-8", "replace").decode()
+
+    def poison(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {k: poison(v, k) for k, v in value.items()}
+        if isinstance(value, list):
+            return [poison(v, key) for v in value]
+        return text() if isinstance(value, str) and key not in _READ else value
+
+    reading, records = journal.Reading(), []
+    for path in folder.glob("journal*.bin"):
+        with path.open("rb") as file:
+            records += list(journal.records(file, reading))
+        path.unlink()
+    with (folder / store.JOURNAL).open("wb") as out:
+        out.write(journal.MAGIC)
+        for event in reading.events:
+            out.write(journal.encode_event(poison(event)))
+        for place, record in enumerate(records):
+            for name in ("finish_reason", "token_source", "notes", *(("error_class", "error") if place % 2 else ())):
+                setattr(record, name, text())
+            out.write(journal.encode(record))
+    run = poison(json.loads((folder / store.RUN).read_text()))
+    run["model"] = run["model"] or "x"
+    (folder / store.RUN).write_text(json.dumps(run))
+    lines = store.load_lines(folder / store.SERVER)
+    (folder / store.SERVER).write_text("".join(json.dumps(poison(line)) + "\n" for line in lines))
+    (folder / "engine.log").write_text("\n".join(map(str, CORPUS)), errors="replace")
+    for name in (store.SUMMARY, store.PARQUET, "report.html"):
+        (folder / name).unlink(missing_ok=True)

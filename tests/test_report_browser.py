@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness import command
 from harness.report.charts import CHARTS
 from harness.report.page import RunView, render
 from harness.report.sections import SECTIONS
@@ -111,6 +113,23 @@ def test_each_text_of_the_corpus_in_each_field_executes_nothing(show: Any) -> No
 
 def test_a_corpus_of_texts_executes_nothing(show: Any) -> None:
     inert(show([samples.corpus(0)], bypass_csp=True))
+
+
+def test_a_hostile_run_on_disk_executes_nothing(
+    show: Any, simulated: Callable[..., str], ridgeline: Callable[..., Any], tmp_path: Path
+) -> None:
+    url = simulated("--ttft-base", "5ms", "--itl-base", "1ms", "--slots", "4")
+    for name in ("one", "two"):
+        done = ridgeline("run", "--url", url, "--batch-sizes", "1,4", "--waves", "1", "--trials", "3", "--input-tokens", "64",
+                         "--output-tokens", "8", "--hardware", "H100-SXM", "--model-config", "Llama-3.1-8B", "--out", name)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        samples.poison_folder(tmp_path / name)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    runs = command.views(folders, [command.summarise(folder) for folder in folders])
+    said = json.dumps([[run.summary, run.run] for run in runs])
+    assert all(json.dumps(text)[1:40].rstrip("\\") in said for text in samples.CORPUS[2:9])
+    assert sum(point["errors"] for point in runs[0].summary["points"]) > 3
+    inert(show(runs, bypass_csp=True))
 
 
 def inert(opened: Opened) -> None:
