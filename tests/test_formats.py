@@ -89,7 +89,8 @@ def test_what_decides_is_in_it() -> None:
     html = rendered(said)
     assert run.summary["verdict_sentence"] in said
     assert "**▲ suspect**" in said
-    assert html.count("<tr>") == 2 * (1 + len(run.summary["points"]))
+    assert html.count("<tr>") == 2 + 2 * (1 + len(run.summary["points"]))
+    assert "**? cannot tell** no objective was stated" in said
     first = run.summary["points"][0]
     assert f"{first['output_tokens_per_s']:.2f}"[:4] in said and "450.3 ms" in said and "1.18×" in said
     assert "† (n 12)" in said
@@ -138,11 +139,11 @@ def test_the_same_runs_give_the_same_bytes() -> None:
 def test_the_command_writes_each_form_of_two_real_runs(
     simulated: Callable[..., str], ridgeline: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """The second server is slower by half a token's time at batch 1: five short trials see it."""
-    for name, itl in (("one", "4ms"), ("two", "6ms")):
+    """The second server's tokens take three times as long at batch 1: five short trials see it."""
+    for name, itl in (("one", "4ms"), ("two", "12ms")):
         url = simulated("--ttft-base", "10ms", "--itl-base", itl, "--itl-per-batch", "0.1ms", "--slots", "4")
         done = ridgeline("run", "--url", url, "--batch-sizes", "1,2", "--waves", "1", "--trials", "5", "--input-tokens", "64",
-                         "--output-tokens", "12", "--no-report", "--out", name)  # fmt: skip
+                         "--output-tokens", "20", "--no-report", "--out", name)  # fmt: skip
         assert done.returncode == 0, done.stderr
     said = ridgeline("report", "one", "two", "--format", "md")
     assert said.returncode == 0, said.stderr
@@ -152,12 +153,15 @@ def test_the_command_writes_each_form_of_two_real_runs(
         store.read_json(tmp_path / n / "summary.json")["points"] for n in ("one", "two")
     ]
     itl = next(c for c in found["comparison"]["changes"] if (c["key"], c["metric"]) == ("batch 1", "itl_p50"))
-    assert itl["word"] == "worse" and itl["trials"] == [5, 5] and 0.3 < itl["harm"] < 0.7
+    assert itl["word"] == "worse" and min(itl["trials"]) >= 4 and 1 < itl["harm"] < 3
     assert itl["low"] < itl["harm"] < itl["high"]
     assert found["comparison"]["differs"].keys() >= {"server", "started"}
     done = ridgeline("report", "one", "two", "--format", "md", "-o", "both.md")
     assert "report: both.md" in done.stdout and (tmp_path / "both.md").read_text() == said.stdout
-    done = ridgeline("report", "one", "two")
-    assert 'id="compare"' in (tmp_path / "one" / "report.html").read_text()
+    pages = []
+    for seed in ("1", "2"):
+        ridgeline("report", "one", "two", env={"PYTHONHASHSEED": seed, "TZ": f"UTC-{seed}", "LC_ALL": "C"})
+        pages.append((tmp_path / "one" / "report.html").read_bytes())
+    assert pages[0] == pages[1] and b'id="compare"' in pages[0]
     refused = ridgeline("report", "one", "--format", "pdf")
     assert refused.returncode == 2 and "known: html, md, json" in refused.stderr

@@ -8,7 +8,7 @@ from typing import Any
 
 from harness import markdown as md
 from harness import units
-from harness.report import changes, compare_section, provenance, tables, verdict, view
+from harness.report import changes, compare_section, decision, provenance, tables, verdict, view
 from harness.report.changes import Change
 from harness.report.view import HEADLINES, Json, Key, RunView, Shown
 
@@ -23,12 +23,27 @@ def data(runs: Sequence[RunView]) -> dict[str, Any]:
         "schema": FORMAT,
         "title": verdict.title(runs),
         "runs": [
-            {"label": name or view.text(run.summary, "name")}
+            {"label": name or view.text(run.summary, "name"), "decision": _decided(run)}
             | {key: provenance.redacted(value, key) for key, value in run.summary.items()}
             | {"provenance": provenance.redacted({k: v for k, v in run.run.items() if k != "theory"})}
             for name, run in parts
         ],
         "comparison": _compared(runs) if len(runs) > 1 else None,
+    }
+
+
+def _decided(run: RunView) -> dict[str, Any]:
+    """The page's first line: the answer, the point that it rests on (`at`), and what that costs, NaN where not known."""
+    found = decision.decide(run)
+    point = found.chosen[1] if found.chosen else {}
+    return {
+        "answer": found.word,
+        "sentence": found.sentence,
+        "objective": decision.objective(run) or None,
+        "at": view.key_label(found.chosen[0], full=True) if found.chosen else None,
+        "usd_per_million_output_tokens": decision.usd_per_million(run, point),
+        "roof_share": decision.roof_share(run, point),
+        "limit": view.text(point, "predicted", "limit") or None,
     }
 
 
@@ -58,12 +73,20 @@ def markdown(runs: Sequence[RunView]) -> str:
 
 def _head(runs: Sequence[RunView]) -> list[str]:
     lines = [f"## {md.inert(verdict.title(runs))}", ""]
-    for name, run in zip(view.labels(runs), runs, strict=True):
-        word = view.verdict_of(run.summary)
-        state = view.text(run.summary, "state") or "incomplete"
-        stamp = f"**{view.VERDICTS[word]} {word}**" + ("" if state == "complete" else f", **{md.inert(state, 40)}**")
-        label = f"**{md.inert(name)}**, " if name else ""
-        lines += [f"{label}{stamp}: {md.inert(verdict.verdict(run.summary), 1200)}", ""]
+    for one in verdict.section(runs)["runs"]:
+        stamp = f"**{view.VERDICTS[one['word']]} {one['word']}**" + (
+            f", **{md.inert(one['state'], 40)}**" if one["state"] else ""
+        )
+        lines += [f"**{md.inert(one['name'])}**", ""] if one["name"] else []
+        if answer := one["answer"]:
+            lines += [f"**{answer['glyph']} {answer['word']}** {md.inert(answer['reason'], 1200)}.", ""]
+        lines += [f"{stamp}: {md.inert(one['sentence'], 1200)}", ""]
+        if facts := answer and answer["facts"]:
+            cells = [
+                f"**{md.inert(value, 60)}**" + (f" ({md.inert(small, 120)})" if small else "")
+                for _, value, small in facts
+            ]
+            lines += [*md.table([md.inert(name) for name, _, _ in facts], [cells], len(facts)), ""]
     return [*lines, *([" · ".join(md.inert(part) for part in meta)] if (meta := verdict.meta(runs)) else [])]
 
 
