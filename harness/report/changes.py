@@ -230,7 +230,7 @@ def flags(args: Sequence[str]) -> dict[str, str]:
     """A command line as flag -> value ("on" for a switch), without secrets."""
     words, found = provenance.redacted(list(args)), {}
     for place, word in enumerate(words):
-        if not word.startswith("-"):
+        if not _is_flag(word):
             continue
         flag, equals, value = word.partition("=")
         after = words[place + 1] if place + 1 < len(words) else "-"
