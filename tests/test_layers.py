@@ -36,6 +36,7 @@ PURE = [
     "comparison",
     "slo",
     "gate_text",
+    "markdown",
     "history",
     "planning",
 ]
