@@ -34,11 +34,11 @@ PURE = [
     "gate",
     "baseline",
     "comparison",
-    "slo",
     "gate_text",
     "markdown",
     "history",
     "planning",
+    "planning_text",
 ]
 FORBIDDEN = {"asyncio", "socket", "subprocess", "os", "aiohttp", "uvloop", "time", "signal", "threading", "httptools"}
 FILES = (
