@@ -30,7 +30,7 @@ WHOLE = ("input_tokens", "output_tokens", "rate_ramp")  # a flag replaces these,
 
 def planned(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
     """A scenario file with the flags laid over it: a flag wins over the file.  What it names is there."""
-    from harness import preflight
+    from harness import named
 
     base: dict[str, Any] = {}
     places = Places("the options")
@@ -45,7 +45,7 @@ def planned(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
         base.setdefault("name", path.stem)
     laid = dataclasses.replace(places, options=frozenset(_paths(_over({}, flags))))
     scenario = validate(_over(base, flags), places.where, laid)
-    preflight.named(scenario)
+    named.check(scenario)
     return scenario
 
 
