@@ -190,8 +190,13 @@ def test_a_signal_ends_the_run_with_a_partial_report(
     _, said = process.communicate(timeout=20)
     assert process.returncode == code, said
     assert "Traceback" not in said
-    assert json.loads((tmp_path / "cut" / "summary.json").read_text())["state"] == "interrupted"
+    found = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert found["state"] == "interrupted"
     assert (tmp_path / "cut" / "requests.parquet").exists()
+    (point,) = found["points"]
+    assert point["planned"] == 1000 and 0 < point["requests"] == 1000 - point["not_sent"] < 1000
+    told = f"1,000 requests were planned, {point['requests']} ended"
+    assert told in found["findings"][0]["saw"] and told in {f["code"]: f["saw"] for f in point["findings"]}["V026"]
 
 
 def test_errors_are_counted_by_class_and_set_the_exit_code(simulated: Callable[..., str], ridgeline: Run) -> None:
