@@ -143,6 +143,17 @@ def ridgeline(nursery: Nursery, tmp_path: Path,
     return call
 
 
+@pytest.fixture
+def ridgeline_anew(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The same in a Python of its own, where what is imported must see the environment (or is what is tested)."""
+
+    def call(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "harness", *arguments], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}), check=False)  # fmt: skip
+
+    return call
+
+
 def one_object(text: str) -> dict[str, Any]:
     """The one JSON object on stdout, strictly: no NaN, nothing before or after."""
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
