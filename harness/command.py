@@ -31,7 +31,7 @@ WHOLE = ("input_tokens", "output_tokens", "rate_ramp")  # a flag replaces these,
 
 def planned(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
     """A scenario file with the flags laid over it: a flag wins over the file.  What it names is there."""
-    from harness import preflight
+    from harness import named
 
     base: dict[str, Any] = {}
     places = Places("the options")
@@ -46,7 +46,7 @@ def planned(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
         base.setdefault("name", path.stem)
     laid = dataclasses.replace(places, options=frozenset(_paths(_over({}, flags))))
     scenario = validate(_over(base, flags), places.where, laid)
-    preflight.named(scenario)
+    named.check(scenario)
     return scenario
 
 
@@ -384,7 +384,8 @@ def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
         )
         figures = [units.seconds(p[name]["mean"], 3) for name in ("ttft_s", "itl_s", "e2e_s")]
         lines.append(f"{label:>14} {figures[0]:>10} {figures[1]:>10} {figures[2]:>10} "
-                     f"{units.number(p['output_tokens_per_s'], 3):>9} {itl:>10} {ratio:>6} {p['errors']:>4}/{p['requests']:<4}  {p['verdict']}")  # fmt: skip
+                     f"{units.number(p['output_tokens_per_s'], 3):>9} {itl:>10} {ratio:>6} {p['errors']:>4}/{p['requests']:<4}  {p['verdict']}"
+                     + (f", {p['not_sent']} of {p['planned']} not sent" if p.get("not_sent") else ""))  # fmt: skip
     worst = [f for p in found["points"] for f in p["findings"] if f["severity"] == p["verdict"] != "valid"] + found[
         "findings"
     ]
