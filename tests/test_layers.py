@@ -32,7 +32,6 @@ PURE = [
     "gate",
     "baseline",
     "comparison",
-    "slo",
     "gate_text",
     "history",
 ]
