@@ -14,6 +14,7 @@ import typer
 
 from harness import __version__, redaction
 from harness.cli_gate import app as gate_app
+from harness.cli_plan import app as plan_app
 from harness.records import RidgelineError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -23,6 +24,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 config_app = typer.Typer(no_args_is_help=True, help="Scenario files: a schema for editors, and one to start from.")
 app.add_typer(config_app, name="config")
 app.add_typer(gate_app)
+app.add_typer(plan_app)
 
 
 def _version(value: bool) -> None:
@@ -192,8 +194,14 @@ def run(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The page; default: report.html in the first folder.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The file; default: report.html in the first folder, or stdout for md and json."
+        ),
     ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="html; md: for a pull request or an issue; json: for machines.")
+    ] = "html",
     hardware: Annotated[str | None, typer.Option(help="Predict for this row instead of the run's own.")] = None,
     model_config: Annotated[str | None, typer.Option(help="Model configuration, instead of the run's own.")] = None,
     calibration: Annotated[str | None, typer.Option(help="A file of `ridgeline calibrate` to predict with.")] = None,
@@ -204,11 +212,10 @@ def report(
     slo: Annotated[str | None, typer.Option(help="What must be met, instead of the run's own.")] = None,
     price: Annotated[str | None, typer.Option(help="US dollars for an hour of one accelerator: 1.2/h.")] = None,
 ) -> None:
-    """Write the page of one run, or of several side by side; rebuilt from the records on disk."""
+    """Write the report of one run, or of several held against the first; rebuilt from the records on disk."""
     from harness import command
 
-    page = out or runs[0] / "report.html"
-    typer.echo(command.report(runs, page, hardware, model_config, definitions, calibration, history, slo, price))
+    typer.echo(command.report(runs, out, hardware, model_config, definitions, calibration, history, slo, price, form))
 
 
 @app.command("import")

@@ -80,7 +80,7 @@ def _sweeps(asked: Asked) -> Iterator[_Part]:
     draft = (models.load(asked.draft[0]), *asked.draft[1:]) if asked.draft else None
     batch, i, o = (np.array(x) for x in zip(*itertools.product(asked.batch, asked.input_tokens, asked.output_tokens), strict=True))  # fmt: skip
     rates: list[float | None] = [*asked.rate] if asked.rate else [None]
-    rows = [row for name in asked.hardware for row in _hardware(name.strip())]
+    rows = [row for name in asked.hardware for row in hardware_rows(name.strip())]
     for row, dtype, tp, rate in itertools.product(rows, asked.dtype, asked.tp, rates):
         try:
             found = sweep(model, row, batch=batch, input_tokens=i, output_tokens=o, dtype=dtype, kv_dtype=asked.kv_dtype,
@@ -93,7 +93,7 @@ def _sweeps(asked: Asked) -> Iterator[_Part]:
             yield _Part(row, dtype, tp, rate, None, str(problem))
 
 
-def _hardware(name: str) -> list[Hardware]:
+def hardware_rows(name: str) -> list[Hardware]:
     """Rows of this name, of a file of the user's rows, or the one of this machine."""
     if name != "machine":
         return models.hardware(name)

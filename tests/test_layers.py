@@ -12,10 +12,12 @@ PURE = [
     "records",
     "units",
     "scenario",
+    "yaml_lines",
     "arrivals",
     "lengths",
     "prompts",
     "dialects",
+    "eventstream",
     "endings",
     "metrics",
     "stats",
@@ -33,7 +35,9 @@ PURE = [
     "baseline",
     "comparison",
     "gate_text",
+    "markdown",
     "history",
+    "planning",
 ]
 FORBIDDEN = {"asyncio", "socket", "subprocess", "os", "aiohttp", "uvloop", "time", "signal", "threading", "httptools"}
 FILES = (

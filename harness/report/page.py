@@ -14,12 +14,12 @@ from typing import Any
 from harness.report import verdict as head
 from harness.report import view
 from harness.report.charts import PALETTE, RUN_COLOURS, SHARED
-from harness.report.section import Charts
+from harness.report.section import Charts, Section
 from harness.report.sections import SECTIONS
 from harness.report.verdict import verdict
 from harness.report.view import RunView
 
-__all__ = ["PLOTLY_SHA256", "PLOTLY_VERSION", "RunView", "plotly_source", "render", "verdict"]
+__all__ = ["PLOTLY_SHA256", "PLOTLY_VERSION", "RunView", "document", "plotly_source", "render", "verdict"]
 
 # The npm package plotly.js-basic-dist-min (MIT), compressed with `gzip -9 -n`; the hash is of the source as published.
 PLOTLY_VERSION = "4.1.1"
@@ -29,10 +29,19 @@ _EAGER = 2  # charts drawn at once; the others when they come near
 
 def render(runs: Sequence[RunView]) -> str:
     """The whole report of one run, or of several side by side, as one HTML document."""
+    built = [(section, content) for section in SECTIONS if (content := section.build(runs)) is not None]
+    return document(built, title=head.title(runs), meta=head.meta(runs),
+                    description=verdict(runs[0].summary) if runs else "An empty report.")  # fmt: skip
+
+
+def document(
+    built: Sequence[tuple[Section, Any]], *, title: str, description: str, meta: Sequence[str], forms: str = "forms.html.j2",
+    source: str = "from the run's records alone",
+) -> str:  # fmt: skip
+    """One self-contained page: each section's content laid out by its form, a macro of the file `forms`."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
-    built = [(section, content) for section in SECTIONS if (content := section.build(runs)) is not None]
     blocks = [block for _, content in built if isinstance(content, Charts) for block in content.blocks]
     figures = {block.id: block.figure for block in blocks if block.figure is not None}
     script = _asset("page.js")
@@ -41,10 +50,12 @@ def render(runs: Sequence[RunView]) -> str:
     )
     environment.globals.update(glyphs=view.VERDICTS, severities=view.SEVERITIES)
     html = environment.get_template("template.html.j2").render(
-        title=head.title(runs),
-        description=verdict(runs[0].summary) if runs else "An empty report.",
-        meta=head.meta(runs),
+        title=title,
+        description=description,
+        meta=meta,
         built=built,
+        forms_file=forms,
+        source=source,
         csp=_policy(script),
         # Markup marks our own style and script, and JSON made inert; no text of a run passes here.
         style=Markup(_palette_css() + _asset("style.css")),

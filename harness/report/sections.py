@@ -8,6 +8,7 @@ from typing import Any
 from harness.report import (
     against,
     capacity,
+    compare_section,
     glossary,
     limits,
     provenance,
@@ -35,6 +36,7 @@ def _starts(runs: Sequence[RunView]) -> list[tuple[str, list[tables.Stage], str]
 
 SECTIONS = (
     Section("verdict", "Verdict", "verdict", verdict.section),
+    Section("compare", "Comparison", "compared", compare_section.section),
     Section("limits", "What limits it, and what would help", "charts", limits.section),
     Section("versus", "Predicted versus measured", "charts", against.versus),
     Section("plane", "Throughput over batch size", "charts", against.plane),
