@@ -38,6 +38,7 @@ PURE = [
     "markdown",
     "history",
     "planning",
+    "planning_text",
 ]
 FORBIDDEN = {"asyncio", "socket", "subprocess", "os", "aiohttp", "uvloop", "time", "signal", "threading", "httptools"}
 FILES = (
