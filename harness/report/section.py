@@ -24,6 +24,7 @@ class Block:
     figure: Figure | None = None
     missing: str = "Nothing to draw: no value was measured or predicted."
     high: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)
