@@ -221,7 +221,7 @@ def test_the_ledger_quotes_the_articles_beside_the_correction(run: RunView) -> N
     assert seed == pytest.approx(
         2 * 8_030_261_248 * 350 * 8 / 989.4e12
     )  # 2 x parameters x prompt tokens x batch / peak
-    assert rows["batch 8"][1].text == units.seconds(seed) or "batch 8 ▲" in rows
+    assert rows[view.marked((0, 8.0, 0), view.points(run)[1], full=True)][1].text == units.seconds(seed)
     assert corrections.section([samples.without_theory()]) is None
 
 
