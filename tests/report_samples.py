@@ -150,13 +150,13 @@ def hostile(text: str = HOSTILE) -> RunView:
     return _poisoned(lambda: text)
 
 
-def corpus(first: int) -> RunView:
+def corpus(first: int, view: RunView | None = None) -> RunView:
     """The same with the texts of CORPUS in turn, from `first` on: over all of them each field has had each text."""
     turn = itertools.count(first)
-    return _poisoned(lambda: CORPUS[next(turn) % len(CORPUS)])
+    return _poisoned(lambda: CORPUS[next(turn) % len(CORPUS)], view)
 
 
-def _poisoned(text: Callable[[], str]) -> RunView:
+def _poisoned(text: Callable[[], str], view: RunView | None = None) -> RunView:
     def poison(value: Any, free: bool = False) -> Any:
         if isinstance(value, str):
             return text()
@@ -166,7 +166,7 @@ def _poisoned(text: Callable[[], str]) -> RunView:
             return {key + text() if free else key: poison(entry, key in _FREE) for key, entry in value.items()}
         return value
 
-    view = sample()
+    view = view or sample()
     return RunView(poison(view.summary), poison(view.run), text() + "\n" + text())
 
 
