@@ -315,12 +315,13 @@ def predict(
 def calibrate(
     source: Annotated[Path, typer.Argument(help="A run folder, or a table (CSV) of measured cells.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The calibration, for --calibration.")],
+    batch_sizes: Annotated[str | None, typer.Option(help="Fit to the cells of these only: 1,2.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the calibration as JSON.")] = False,
 ) -> None:
     """Fit a handful of efficiency factors to at most ten measured cells, and name the next cell to measure."""
     from harness import command_theory as theory
 
-    typer.echo(theory.calibrate(source, out, as_json))
+    typer.echo(theory.calibrate(source, out, _list(batch_sizes, int, "--batch-sizes"), as_json))
 
 
 @app.command()
