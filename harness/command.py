@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from harness import redaction, store, summary, units
+from harness import capacity_answer, redaction, store, summary, units
 from harness.progress import Progress
 from harness.records import RidgelineError, Table
-from harness.scenario import MAX_BYTES, Scenario, load, validate
+from harness.scenario import MAX_BYTES, SEARCHED, Scenario, load, validate
 from harness.theory.calibration import from_dict
 from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict
@@ -29,16 +29,41 @@ WHOLE = ("input_tokens", "output_tokens", "rate_ramp")  # a flag replaces these,
 
 def planned(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
     """A scenario file with the flags laid over it: a flag wins over the file."""
-    base: dict[str, Any] = {}
-    if path is not None:
-        try:
-            with path.open(encoding="utf-8-sig") as file:
-                text = file.read(MAX_BYTES + 1)  # no more: it may be a device without end
-        except (OSError, UnicodeDecodeError) as problem:
-            raise RidgelineError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
-        base = load(text, str(path)).model_dump(mode="json", by_alias=True, exclude_unset=True)
-        base.setdefault("name", path.stem)
-    merged = _over(base, flags)
+    merged = _over(_read(path) if path else {}, flags)
+    return validate(merged, "the options" if path is None else f"{path} with the options")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a scenario file sets."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_BYTES + 1)  # no more: it may be a device without end
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RidgelineError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
+    base = load(text, str(path)).model_dump(mode="json", by_alias=True, exclude_unset=True)
+    base.setdefault("name", path.stem)
+    return base
+
+
+def searching(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
+    """The scenario of `find-capacity`: of a file, what is not for the search to choose, and the flags; closed loop where
+    neither says otherwise."""
+    base: dict[str, Any] = _read(path) if path else {"name": "capacity"}
+    own = (
+        *SEARCHED,
+        "batch_sizes",
+        "rates",
+        "trials",
+        "warmup",
+        "mode" if base.get("workload", {}).get("mode") == "wave" else "",
+    )
+    kept = {key: value for key, value in base.get("workload", {}).items() if key not in own}
+    merged = _over(base | {"workload": {"mode": "closed"} | kept}, flags)
+    merged.setdefault("capacity", {})
+    if not merged["capacity"].get("slo"):
+        raise RidgelineError("--slo: names no objective; give one such as ttft_p95=500ms,itl_p95=50ms")
+    if merged["workload"]["mode"] == "open":
+        merged["workload"]["rates"] = [merged["capacity"].get("start") or 1.0]
     return validate(merged, "the options" if path is None else f"{path} with the options")
 
 
@@ -68,8 +93,12 @@ def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, qui
     """Run, summarise, report, print; returns the exit code."""
     from harness.run import play
 
-    progress = Progress(quiet)
-    outcome = event_loop(play(scenario, ["ridgeline", *sys.argv[1:]], out, RESULTS, progress, resume))
+    progress, steer = Progress(quiet), None
+    if scenario.capacity:
+        from harness.find import Search
+
+        steer = Search(scenario)
+    outcome = event_loop(play(scenario, ["ridgeline", *sys.argv[1:]], out, RESULTS, progress, resume, steer=steer))
     if outcome.at_once:
         progress.line(f"stopped at once; `ridgeline report {outcome.folder}` makes a report of what was measured")
         return int(outcome.code)
@@ -81,6 +110,8 @@ def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, qui
         print(json.dumps(store.clean(summary.public(found, str(outcome.folder))), allow_nan=False))
     else:
         print(redaction.clean(text_of(found, outcome.folder, page if with_report else None)))
+    if found.get("capacity"):
+        return outcome.code or capacity_answer.code(found["capacity"])
     return outcome.code or exit_code(found, scenario, strict)
 
 
@@ -318,6 +349,10 @@ def _log_tail(folder: Path, size: int = 4000) -> str:
 
 def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
     """The last lines on the terminal: verdict, table, worst finding, paths."""
+    if found.get("capacity"):
+        return capacity_answer.text(
+            found["capacity"], str(folder), str(page) if page else None, (found["engine"] or {}).get("url")
+        )
     lines = [found["verdict_sentence"], "", f"{'point':>14} {'TTFT':>10} {'ITL':>10} {'E2E':>10} {'tokens/s':>9} "
              f"{'pred. ITL':>10} {'ratio':>6} {'failed':>9}  verdict"]  # fmt: skip
     for p in found["points"]:

@@ -13,7 +13,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,18 +31,17 @@ from harness import (
     recorder,
     redaction,
     server,
-    stats,
     store,
     tokens,
 )  # fmt: skip
 from harness.client import Client
 from harness.loadgen import Player, Timers
-from harness.plan import Point, asks_of, counts_of, points_of, prompts_needed, trial_requests
+from harness.order import MIN_TRIALS, is_settled, schedule
+from harness.plan import Point, asks_of, counts_of, points_of, prompts_needed, searched, trial_requests
 from harness.progress import Progress
 from harness.recording import Recorder
 from harness.records import Request, RidgelineError
 from harness.scenario import Scenario, Workload, dump
-from harness.tally import Tally, count
 from harness.wire import Exchange, Target, clock, resolve
 from harness.workers import Crew, Job
 
@@ -60,39 +59,9 @@ class Outcome:
     at_once: bool = False  # stopped twice: nothing more is to be done
 
 
-MIN_TRIALS = 3  # fewer give no interval
-
-
-def schedule(workload: Workload, settled: Callable[[Point], bool] = lambda point: True) -> Iterator[tuple[int, Point]]:
-    """(trial, point) in the order of play.  Points take turns in shuffled order when there are several trials, so that
-    a drift of the machine does not pass for an effect of the batch size.  Where a precision is asked for, a point that
-    is not `settled` gets another trial."""
-    rng = np.random.default_rng([workload.seed, 7])
-    points = points_of(workload)
-    least = max(workload.trials, MIN_TRIALS) if workload.precision else workload.trials
-    for group in [points] if workload.interleave else [[point] for point in points]:
-        for trial in itertools.count():
-            due = [point for point in group if trial < least or not settled(point)]
-            if not due:
-                break
-            yield from ((trial, due[i]) for i in (rng.permutation(len(due)) if least > 1 else range(len(due))))
-
-
-async def is_settled(session: Session, point: Point, spent_s: float, trial: int) -> bool:
-    """Whether a point's intervals are as narrow as asked, or its time is over; from what the recorder has written."""
-    workload = session.scenario.workload
-    if workload.precision is None or spent_s >= workload.max_time_s:
-        return True
-    for _ in range(100):
-        found = store.load(session.folder)
-        if any(
-            e.get("event") == "trial_end" and (e["point"], e["trial"]) == (point.index, trial) for e in found.events
-        ):
-            break
-        await asyncio.sleep(0.05)
-    tally = Tally(workload.mode, point.batch_size or 0)
-    count({point.index: tally}, found.blocks)
-    return stats.within(tally.row(), workload.precision)
+SEARCH_PROMPTS = 1 << 14  # how many a search needs is not known before; beyond, heads repeat, long out of any cache
+# (session, the point that has just ended) -> the next one, None at the end
+Steer = Callable[["Session", Point | None], Awaitable[Point | None]]
 
 
 @dataclass(slots=True)
@@ -113,6 +82,7 @@ class Session:
     finished: frozenset[tuple[int, int]] = frozenset()  # (point, trial) that a resumed run has already
     first_id: int = 0
     upto: int | None = None  # trials to be had when this play ends; None: all
+    steer: Steer | None = None  # of a search: what to measure next
     now: dict[str, Any] = field(default_factory=lambda: {"done": 0, "errors": 0, "total": None, "label": ""})
 
     def save(self) -> None:
@@ -176,7 +146,7 @@ def provenance(scenario: Scenario, command: list[str]) -> dict[str, Any]:
         "scenario": scenario.model_dump(mode="json", by_alias=True),
         "seed": scenario.workload.seed,
         "transport": scenario.workload.transport,
-        "points": [point.as_dict() for point in points_of(scenario.workload)],
+        "points": [] if scenario.capacity else [point.as_dict() for point in points_of(scenario.workload)],
         "machine": machine.describe(),
         "selftest": selftest.kept(),
         "python": platform.python_version(),
@@ -185,16 +155,17 @@ def provenance(scenario: Scenario, command: list[str]) -> dict[str, Any]:
 
 
 async def play(scenario: Scenario, command: list[str], out: str | None, results: Path, progress: Progress,
-               resume: Path | None = None, upto: int | None = None) -> Outcome:  # fmt: skip
+               resume: Path | None = None, upto: int | None = None, steer: Steer | None = None) -> Outcome:  # fmt: skip
     """Run a scenario to its end.  Raises RidgelineError before the first request if anything is missing; afterwards
     every record is on disk whatever happens.  `resume`: the folder of a run of this scenario that did not end, or has
-    fewer trials than it; `upto`: end when each point has so many trials."""
+    fewer trials than it; `upto`: end when each point has so many trials; `steer`: chooses the points of a search."""
     task = asyncio.current_task()
     assert task is not None
     if scenario.workload.transport == "openai":
         openai_wire.require()
     folder, lock = store.reopen(resume) if resume else store.create(out, scenario.name, results)
-    session = Session(scenario, folder, progress, provenance(scenario, command), clock(), upto=upto)
+    session = Session(scenario, folder, progress, provenance(scenario, command), clock(), upto=upto,
+                      steer=steer)  # fmt: skip
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, session.stop, number, task)
@@ -252,7 +223,9 @@ def _continue(session: Session) -> None:
     workload = session.scenario.workload
     trials = range(workload.trials if session.upto is None else min(session.upto, workload.trials))
     due = {(point.index, trial) for point in points_of(workload) for trial in trials}
-    if found.state == "complete" and (due <= session.finished or workload.precision):
+    if session.scenario.capacity:
+        session.info |= {key: found.run[key] for key in ("points", "capacity") if key in found.run}
+    if found.state == "complete" and (due <= session.finished or workload.precision or session.scenario.capacity):
         raise RidgelineError(f"--resume {session.folder}: this run is complete; nothing is left to do")
     before_s = 0.0
     for t in found.blocks(("id", "end_s"), False):
@@ -305,7 +278,7 @@ async def _measure(session: Session, target: Target, engine: Any) -> None:
     async with client.session(target) as http:
         ask = Client(target, http, workload.api, first_s=min(scenario.limits.preflight_s, scenario.limits.total_s))
         await (_preflight(session, ask, engine) if asking else _trust(session, ask))
-        needed = prompts_needed(workload)
+        needed = SEARCH_PROMPTS if scenario.capacity else prompts_needed(workload)
         asks, texts = asks_of(workload)
         session.progress.line(f"{ask.model} at {target.url}: preparing {needed or 'as many as needed'} prompts"
                               + ("" if texts or workload.trace else f" of {lengths.say(workload.model_dump()['input_tokens'])} tokens"))  # fmt: skip
@@ -384,7 +357,7 @@ async def _sweep(session: Session, target: Target, address: tuple[Any, ...], tls
     try:
         spent_s: dict[int, float] = {}
         settled: dict[int, bool] = {}
-        for trial, point in schedule(workload, lambda point: settled.get(point.index, workload.precision is None)):
+        async for trial, point in _due(session, settled):
             if session.stopped_by or session.stopped_why or watch.done() or trial == session.upto:
                 break
             if (point.index, trial) in session.finished:
@@ -405,7 +378,7 @@ async def _sweep(session: Session, target: Target, address: tuple[Any, ...], tls
             requests = trial_requests(workload, point, trial, prompts, numbers)
             before = _machine_times()
             senses = await player.play(requests, slots, barrier=workload.mode == "wave", ahead=ahead,
-                                       until_s=workload.duration_s or float("inf"))  # fmt: skip
+                                       until_s=workload.duration_s or (point.play and point.play.within_s) or float("inf"))  # fmt: skip
             if player.gone:
                 session.stopped_why = f"the server is gone: no connection could be opened for {player.gone:.0f} s"
             session.recorder.event(event="trial_end", point=point.index, trial=trial,
@@ -413,7 +386,7 @@ async def _sweep(session: Session, target: Target, address: tuple[Any, ...], tls
             await _sense(session.probe)
             spent_s[point.index] = spent_s.get(point.index, 0.0) + senses.ended_s - senses.started_s
             settled[point.index] = (workload.precision is None or trial + 1 >= MIN_TRIALS) and await is_settled(
-                session, point, spent_s[point.index], trial
+                session.folder, workload, point, spent_s[point.index], trial
             )
             session.progress.line(f"{label}: {session.now['done']} requests in "
                                   f"{senses.ended_s - senses.started_s:.1f} s, {session.now['errors']} failed")  # fmt: skip
@@ -422,6 +395,24 @@ async def _sweep(session: Session, target: Target, address: tuple[Any, ...], tls
         watch.cancel()
         if isinstance(player, Crew) and (said := await asyncio.shield(player.dismiss())):
             session.progress.line(f"a worker complained: {said.splitlines()[-1]}")
+
+
+async def _due(session: Session, settled: dict[int, bool]) -> AsyncIterator[tuple[int, Point]]:
+    """What is to be played next: the workload's points, or what a search asks for when it has seen the last one."""
+    workload = session.scenario.workload
+    if session.steer is None:
+        for trial, point in schedule(workload, lambda point: settled.get(point.index, workload.precision is None)):
+            yield trial, point
+        return
+    before = searched(session.info["points"])  # of a run that was taken up
+    for point in before:
+        yield 0, point
+    last = before[-1] if before else None
+    while (following := await session.steer(session, last)) is not None:
+        session.info["points"].append(following.as_dict())
+        session.save()
+        yield 0, following
+        last = following
 
 
 def _player_of(workload: Workload) -> type[Player]:

@@ -318,6 +318,34 @@ class Variant(Part):
     served_name: str | None = None
 
 
+# What a search sets itself, point by point.
+SEARCHED = ("waves", "requests", "duration_s", "precision", "trace", "rate_ramp", "rate_steps", "prompts")
+
+
+class Capacity(Part):
+    """A search for the highest batch size or rate that meets an objective (`ridgeline find-capacity`): the points follow
+    from it, whatever batch_sizes and rates say."""
+
+    slo: Annotated[str, Field(max_length=1000)]
+    """ttft_p95=500ms,itl_p95=50ms: bounds on times, all of which are to hold."""
+    max_points: Annotated[int, Field(ge=2, le=100, strict=True)] = 10
+    """Points that are measured at most."""
+    max_time_s: Seconds = 900.0
+    """Time that is measured at most; a point that has begun ends."""
+    start: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    """Batch size or rate to begin with; default: where theory has the edge, if it knows model and hardware, else 8 or 1/s."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Capacity:
+        from harness import slo  # which reads the names of metrics of modules that read scenarios
+
+        try:
+            slo.upper(self.slo, "slo")
+        except RidgelineError as problem:
+            raise ValueError(str(problem)) from None
+        return self
+
+
 class Scenario(Part):
     """One experiment.  The file is its documentation."""
 
@@ -338,6 +366,9 @@ class Scenario(Part):
     client: ClientPart = ClientPart()
     theory: Theory = Theory()
     limits: Limits = Limits()
+    capacity: Capacity | None = None
+    """{slo: "ttft_p95=500ms,itl_p95=50ms", max_points: 10, max_time_s: 15min}: search for the highest load that holds them
+    (mode closed or open)."""
     report: str | None = None
     """Where the report goes; default: report.html in the run folder."""
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")], Variant] = {}
@@ -345,6 +376,21 @@ class Scenario(Part):
     batch sizes); the first is the base of a comparison."""
     interleave: bool = False
     """Variants take turns, one trial of all points each, in the order ABBA; servers are started anew for each."""
+
+    @model_validator(mode="after")
+    def _searchable(self) -> Scenario:
+        if self.capacity is None:
+            return self
+        load, usual = self.workload, Workload()
+        if load.mode == "wave":
+            raise ValueError("workload.mode: a search needs closed (batch sizes) or open (rates); got wave")
+        taken = [f"workload.{key}" for key in SEARCHED if getattr(load, key) != getattr(usual, key)]
+        taken += [f"workload.{key}" for key in ("trials", "turns") if getattr(load, key) > 1]
+        taken += ["client.workers"] * (self.client.workers != 1 or self.client.ray is not None)
+        taken += ["variants"] * bool(self.variants)
+        if taken:
+            raise ValueError(f"{taken[0]}: cannot go with capacity, which sets its points itself; leave it out")
+        return self
 
 
 def load(text: str, where: str = "scenario") -> Scenario:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from harness import checks, foreign, server, units
+from harness import capacity_answer, checks, edge, foreign, server, slo, units
+from harness.capacity import Goal
 from harness.lengths import typical
-from harness.records import NAN, Finding, RidgelineError
+from harness.records import NAN, Finding, RidgelineError, Table, joined
 from harness.tally import Blocks, Tally, count
 from harness.theory import seeds
 from harness.theory.calibration import from_dict
@@ -25,8 +26,8 @@ COMPARED = ("ttft_s", "itl_s", "e2e_s", "output_tokens_per_s")
 
 def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[Mapping[str, Any]],
           samples: Sequence[Mapping[str, Any]], notes: Sequence[str], model: Model | None,
-          hardware: Hardware | None) -> dict[str, Any]:  # fmt: skip
-    """The summary (format: see store).  Points without a measured request are left out."""
+          hardware: Hardware | None, only: Collection[int] | None = None) -> dict[str, Any]:  # fmt: skip
+    """The summary (format: see store).  Points without a measured request are left out; so are those not in `only`."""
     scenario = run["scenario"]
     workload = scenario["workload"]
     theory = scenario["theory"]
@@ -41,11 +42,16 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
     tallies = {
         index: Tally(workload["mode"], plan["batch_size"] or 0, asked_in, asked_out)
         for index, plan in enumerate(run["points"])
+        if only is None or index in only
     }
     count(tallies, blocks)
+    searched = scenario.get("capacity")
+    tables = gathered(tallies, blocks) if searched else {}
     points = []
     for index, plan in enumerate(run["points"]):
-        tally = tallies[index]
+        tally = tallies.get(index)
+        if tally is None:
+            continue
         if not tally.requests and not plan.get("imported"):
             continue
         row = {"point": index} | plan | tally.row()
@@ -60,6 +66,8 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         evidence = checks.Evidence(row, tally, workload["mode"], felt, seen, row["predicted"], repeats, workload["api"])
         findings = checks.run_checks(evidence)
         row["verdict"] = checks.verdict(findings)
+        if searched:
+            row["objective"] = edge.objective(tables[index], slo.upper(searched["slo"]), workload["mode"])
         row["findings"] = [dataclasses.asdict(f) for f in findings]
         points.append(row)
     findings = _run_findings(run, state, notes, model, hardware)
@@ -81,7 +89,22 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         "points": points,
         "plane": _plane(workload, points, asked, model, hardware),
     }
+    if searched:
+        ended = "stopped" if state != "complete" else (run.get("capacity") or {}).get("ended", "stopped")
+        goal = Goal(workload["mode"], 1.0, max_failed=scenario["limits"]["max_error_rate"])
+        finished = {e["point"] for e in events if e.get("event") == "trial_end" and not e.get("stopped")}
+        summary["capacity"] = capacity_answer.answer(points, run["points"], finished, searched, goal, ended)
     return summary | {"verdict_sentence": sentence(summary)}
+
+
+def gathered(wanted: Collection[int], blocks: Blocks) -> dict[int, Table]:
+    """All records of each of these points."""
+    parts: dict[int, list[Table]] = {index: [] for index in wanted}
+    for t in blocks(None, True):
+        for index in np.unique(t.point).tolist():
+            if index in parts:
+                parts[index].append(t.where(t.point == index))
+    return {index: joined(tables) for index, tables in parts.items()}
 
 
 def _imported(row: dict[str, Any], imported: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +271,7 @@ def public(summary: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "verdict": summary["verdict"],
         "findings": summary["findings"],
         "points": [public_point(point) for point in summary["points"]],
-    }
+    } | ({"capacity": summary["capacity"]} if summary.get("capacity") else {})
 
 
 def public_point(point: Mapping[str, Any]) -> dict[str, Any]:

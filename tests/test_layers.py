@@ -30,6 +30,9 @@ PURE = [
     "baseline",
     "comparison",
     "slo",
+    "edge",
+    "capacity",
+    "capacity_answer",
     "gate_text",
     "history",
 ]
