@@ -24,8 +24,9 @@ SIDE = 0.02  # how far beside the estimate a point is set to have the edge betwe
 JUMP = {"closed": 8.0, "open": 4.0}  # most that the load grows by at once: an overload takes long to drain
 LEAST_SD = 0.002  # of a measured latency, whatever its own interval says
 DRAWS = 400
+LOOKS = 3  # long points at the edge of an open loop: one tail of a queue is a matter of luck, and so is its interval
 NEAR = 0.7  # logarithm of value / bound within which a point is at the edge
-MISFIT = 0.03  # of a latency, between the line and the truth
+MISFIT = 0.05  # of a latency, between the line and the truth
 QUEUE, FAILED = "queue", "failed requests"
 MOST = {"open": 20_000.0, "closed": 4096.0}
 ALONE = 0.2  # requests in flight on average, below which the load explains nothing
@@ -235,7 +236,7 @@ def _estimate(
     knee = next((c for c in drawn if c.metric == limit), None)
     if low < slots < high and knee is not None and sum(z > 0 for z in knee.excess) == 1:
         found = slots  # one point beyond a knee does not tell where it is; the work in hand there does
-    if not found < high:
+    if not found <= high:
         broken = [p for p in points if p.usable and p.load == high]
         limit = (
             QUEUE if any(p.saturated for p in broken) else FAILED if any(_failing(p, 0.01) for p in broken) else limit
@@ -244,8 +245,15 @@ def _estimate(
     return min(max(found, low), high), limit
 
 
+def sound(points: Sequence[Measured]) -> list[Measured]:
+    """Without short points that seemed saturated where a long one at no lower a rate was not."""
+    calm = max((p.load for p in points if p.usable and p.full and not p.saturated), default=0.0)
+    return [p for p in points if p.full or not p.saturated or p.load > calm]
+
+
 def edge(points: Sequence[Measured], goal: Goal) -> Edge:
     """The answer that the points allow."""
+    points = sound(points)
     drawn = curves(points)
     met, missed = bracket(points, drawn, goal.max_failed)
     if math.isnan(met) or math.isnan(missed):
@@ -300,28 +308,32 @@ def decide(points: Sequence[Measured], goal: Goal) -> Next | str:
         return Next(goal.start, False)
     last = points[-1]
     if not last.usable:
-        if sum(p.load == last.load and not p.usable for p in points) > 1:
+        if len(points) > 1 and points[-2].load == last.load and not points[-2].usable:
             return "invalid"
         return Next(last.load, last.full, True) if len(points) < goal.max_points else "points"
-    drawn = curves(points)
-    met, missed = bracket(points, drawn, goal.max_failed)
+    drawn = curves(sound(points))
+    met, missed = bracket(sound(points), drawn, goal.max_failed)
     if math.isnan(met) and _alone(points, goal):
         return "none"
     if met >= MOST[goal.mode]:
         return "all"
     if not math.isnan(met) and not math.isnan(missed):
         at = edge(points, goal)
-        if _narrow(at, goal):
+        if _narrow(at, points, goal):
             return "found"
-        return Next(_inside(points, at, goal), True) if len(points) < goal.max_points else "points"
+        return Next(_inside(sound(points), at, goal), True) if len(points) < goal.max_points else "points"
     if len(points) >= goal.max_points:
         return "points"
     return Next(_fewer(points, missed, goal), False) if math.isnan(met) else Next(_more(drawn, met, goal), False)
 
 
-def _narrow(at: Edge, goal: Goal) -> bool:
+def _narrow(at: Edge, points: Sequence[Measured], goal: Goal) -> bool:
+    looked = sum(p.usable and p.full and abs(p.load / at.load - 1) < 0.2 for p in points)
+    if goal.mode == "open" and looked < LOOKS:
+        return False
     if goal.whole and at.missed - at.met <= 1:
-        return at.high - at.low <= 1 or at.high <= at.low * (1 + TOLERANCE)
+        again = max(sum(p.usable and p.load == load for p in points) for load in (at.met, at.missed))
+        return at.high - at.low <= 1 or again >= LOOKS
     return at.high <= at.low * (1 + TOLERANCE)
 
 
@@ -358,6 +370,9 @@ def _more(drawn: Sequence[Curve], met: float, goal: Goal) -> float:
 def _inside(points: Sequence[Measured], at: Edge, goal: Goal) -> float:
     """Between the two ends: at the estimate, or just beside it where one end is near already."""
     low, high = at.met, at.missed
+    over = min((p for p in points if p.usable and p.saturated and p.load >= high), key=lambda p: p.load, default=None)
+    if over is not None and not over.full and at.load > (1 - SIDE) * over.load:
+        return over.load  # it was too short a look to end the search there
     if goal.mode == "open" and high <= 1.5 * low:
         below, above = (sum(p.full and (p.load < at.load) == side for p in points) for side in (True, False))
         return at.load * (1 + SIDE if below > above else 1 - SIDE)
@@ -392,7 +407,7 @@ def _slow(points: Sequence[Measured], goal: Goal) -> bool:
 
 # --- how long to look ------------------------------------------------------------------------------------------------
 
-SAMPLES = {False: 100, True: 1000}  # in an open loop, where the tail of a queue is; full or not
+SAMPLES = {False: 100, True: 3000}  # in an open loop, where the tail of a queue is; full or not
 ROUNDS = {False: 3, True: 6}  # in a closed loop, requests of each slot
 TIMES_E2E = {False: 4, True: 8}  # an open point lasts so many times as long as a request
 TIMES_BOUND = 20  # ... and as the objective, so that a queue that grows shows

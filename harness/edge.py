@@ -94,7 +94,7 @@ def backlog(t: Table) -> tuple[bool, float]:
     quarters = [float(np.mean(part)) for part in np.array_split(in_flight[measured], 4)]
     risen = quarters[3] - quarters[0]
     rises = all(a < b for a, b in pairwise(quarters))
-    if not (rises and risen * 4 / 3 > GROWTH * n and risen > 2 * np.sqrt(quarters[0] + 1)):
+    if not (rises and risen * 4 / 3 > GROWTH * n and risen > 4 * np.sqrt(quarters[0] + 1)):
         return False, NAN
     return True, rate(due_s, done_s)
 
