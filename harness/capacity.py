@@ -408,7 +408,8 @@ def _slow(points: Sequence[Measured], goal: Goal) -> bool:
 # --- how long to look ------------------------------------------------------------------------------------------------
 
 SAMPLES = {False: 100, True: 3000}  # in an open loop, where the tail of a queue is; full or not
-ROUNDS = {False: 3, True: 6}  # in a closed loop, requests of each slot
+LEAST = {False: 100, True: 250}  # in a closed loop, whose figures vary less
+ROUNDS = {False: 3, True: 6}  # ... and of each slot
 TIMES_E2E = {False: 4, True: 8}  # an open point lasts so many times as long as a request
 TIMES_BOUND = 20  # ... and as the objective, so that a queue that grows shows
 
@@ -421,7 +422,7 @@ def plan(step: Next, points: Sequence[Measured], goal: Goal, limits: Sequence[Li
     known_s = lasts_s if lasts_s == lasts_s else 0.0
     if goal.whole:
         size = int(step.load)
-        measured = max(SAMPLES[step.full] if not step.full else 400, ROUNDS[step.full] * size)
+        measured = max(LEAST[step.full], ROUNDS[step.full] * size)
         warm = size if known_s else 0
         return Play(warm, measured, max(most_s, 3.5 * known_s), known_s if size > 1 else 0.0, step.full)
     bounds = [limit.bound for limit in limits if limit.metric.startswith(("ttft", "e2e"))]

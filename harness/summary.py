@@ -94,6 +94,7 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         goal = Goal(workload["mode"], 1.0, max_failed=scenario["limits"]["max_error_rate"])
         finished = {e["point"] for e in events if e.get("event") == "trial_end" and not e.get("stopped")}
         summary["capacity"] = capacity_answer.answer(points, run["points"], finished, searched, goal, ended)
+        return summary | {"verdict_sentence": f"{summary['capacity']['sentence']}{_doubts(points)}"}
     return summary | {"verdict_sentence": sentence(summary)}
 
 
@@ -256,9 +257,13 @@ def sentence(summary: Mapping[str, Any]) -> str:
         ratio = predicted["ratio"]["itl_s"]
         text += (f"; a token took {units.number(ratio, 3)} times what theory predicts for {summary['hardware']['name']}, "
                  f"where the limit is {predicted['limit'].replace('_', ' ')}")  # fmt: skip
+    return f"{text}.{_doubts(points)}"
+
+
+def _doubts(points: Sequence[Mapping[str, Any]]) -> str:
     counts = {v: sum(p["verdict"] == v for p in points) for v in ("suspect", "invalid")}
     doubts = [f"{n} of {len(points)} points {v}" for v, n in counts.items() if n]
-    return text + (f". {' and '.join(doubts).capitalize()}: see the findings." if doubts else ".")
+    return f" {' and '.join(doubts).capitalize()}: see the findings." if doubts else ""
 
 
 def public(summary: Mapping[str, Any], folder: str) -> dict[str, Any]:
