@@ -35,7 +35,7 @@ def _nan(value: float | None) -> float:
 
 
 def answer(rows: Sequence[Mapping[str, Any]], plans: Sequence[Mapping[str, Any]], finished: Collection[int],
-           asked: Mapping[str, Any], goal: Goal, ended: str) -> dict[str, Any]:  # fmt: skip
+           objective: str, goal: Goal, ended: str) -> dict[str, Any]:  # fmt: skip
     """What a search found, for summary.json.  `plans` are its points and `finished` the numbers of those that ended; one
     without a row in `rows` had no measured request.  `ended` is what `decide` said, or `time` or `stopped`."""
     known = {row["point"]: row for row in rows}
@@ -43,7 +43,7 @@ def answer(rows: Sequence[Mapping[str, Any]], plans: Sequence[Mapping[str, Any]]
     points = [measured(known[i], goal.mode) if i in known else unmeasured(plans[i], goal.mode) for i in order]
     at = edge(points, goal) if any(p.usable for p in points) else Edge(NAN, 0.0, math.inf, NAN, NAN, "")
     found: dict[str, Any] = {
-        "slo": asked["slo"],
+        "slo": objective,
         "mode": goal.mode,
         "ended": ended,
         "load": at.load,

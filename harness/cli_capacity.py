@@ -59,7 +59,7 @@ def find_capacity(
     from harness import command
     from harness.lengths import parse
 
-    wanted = {"slo": slo, "max_points": max_points, "max_time_s": max_time, "start": start}
+    wanted = {"max_points": max_points, "max_time_s": max_time, "start": start}
     flags: dict[str, Any] = {
         "engine": {"url": url}, "model": model, "tokenizer": tokenizer, "api_key_env": api_key_env,
         "api_key_file": api_key_file, "report": report_path,
@@ -71,7 +71,7 @@ def find_capacity(
         "theory": {"hardware": hardware, "model_config": model_config, "dtype": dtype, "kv_dtype": kv_dtype, "tp": tp,
                    "calibration": calibration},
         "limits": {"max_error_rate": max_error_rate, "run_s": timeout},
-        "capacity": wanted,
+        "capacity": wanted, "slo": slo,
     }  # fmt: skip
     planned = command.resumed(resume, scenario, flags) if resume else command.searching(scenario, flags)
     raise typer.Exit(

@@ -11,11 +11,11 @@ import numpy as np
 
 from harness import capacity, capacity_answer, slo, summary, units
 from harness.capacity import Goal, Measured, Next
-from harness.order import written
 from harness.plan import Point
 from harness.records import RidgelineError
-from harness.run import Session
 from harness.scenario import Scenario
+from harness.session import Session
+from harness.sweep import written
 from harness.theory.calibration import from_dict
 from harness.theory.hardware import from_row
 from harness.theory.predict import predict
@@ -27,7 +27,7 @@ class Search:
     def __init__(self, scenario: Scenario) -> None:
         asked, load = scenario.capacity, scenario.workload
         assert asked is not None
-        self.limits = slo.upper(asked.slo)
+        self.limits = slo.upper(scenario.slo)
         self.guess = asked.start is None
         start = asked.start or (1.0 if load.mode == "open" else 8.0)
         self.goal = Goal(load.mode, start, asked.max_points, asked.max_time_s, scenario.limits.max_error_rate)
@@ -56,7 +56,7 @@ class Search:
 
     async def _look(self, session: Session, last: Point) -> None:
         """Make figures of what has been measured since the last look: one point, or all of a run that was taken up."""
-        found = await written(session.folder, last, 0)
+        found = await written(session, last, 0)
         run = session.info | {"no_prediction": []}
         new = range(len(self.points), len(session.info["points"]))
         rows = {

@@ -270,7 +270,7 @@ def test_an_objective_that_no_search_could_hold_is_refused(asked: str, said: str
 )  # fmt: skip
 def test_a_scenario_with_a_search_leaves_the_points_to_it(text: str, said: str) -> None:
     with pytest.raises(RidgelineError, match=said):
-        scenario.load(f"capacity: {{slo: ttft_p95=1s}}\n{text}\n")
+        scenario.load(f"slo: ttft_p95=1s\ncapacity: {{}}\n{text}\n")
 
 
 # --- on the wire -----------------------------------------------------------------------------------------------------
