@@ -143,16 +143,26 @@ def following(found: Mapping[str, Any], folder: str, url: str | None) -> str:
     return f"ridgeline run --url {url} {load} --trials 5"
 
 
+MOST_LINES = 8
+
+
+def _line(point: Mapping[str, Any], mode: str) -> str:
+    said = ", ".join(f"{r['metric']} {units.seconds(r['value'], 3)}" for r in point["readings"])
+    word = {True: "met", False: "missed", None: "not trusted"}[point["holds"]]
+    over = ", arrivals outrun completions" if point["saturated"] else ""
+    failed = f", {units.percent(point['failed_share'], 2)} failed" if point["failed_share"] else ""
+    return f"{load_text(point['load'], mode):>22}  {word:<11} {said}{over}{failed}  {point['verdict']}"
+
+
 def text(found: Mapping[str, Any], folder: str, page: str | None, url: str | None) -> str:
     """The last lines on the terminal."""
     mode = found["mode"]
     lines = [found["sentence"], ""]
-    for point in found["points"]:
-        said = ", ".join(f"{r['metric']} {units.seconds(r['value'], 3)}" for r in point["readings"])
-        word = {True: "met", False: "missed", None: "not trusted"}[point["holds"]]
-        extra = (", arrivals outrun completions" if point["saturated"] else "") + (
-            f", {units.percent(point['failed_share'], 2)} failed" if point["failed_share"] else "")  # fmt: skip
-        lines.append(f"{load_text(point['load'], mode):>22}  {word:<11} {said}{extra}  {point['verdict']}")
+    shown = found["points"][-MOST_LINES:]
+    if len(found["points"]) > MOST_LINES:
+        shown = shown[1:]
+        lines.append(f"{'':>22}  {len(found['points']) - len(shown)} points before these: see the report")
+    lines += [_line(point, mode) for point in shown]
     many = len(found["points"])
     lines += [
         "",

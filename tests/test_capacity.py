@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import capacity, capacity_answer, edge, scenario, slo
+from harness import capacity, capacity_answer, edge, scenario, slo, store
 from harness.capacity import Goal, Measured, Next, Reading
-from harness.records import Play, Record, RidgelineError, Table, table
+from harness.records import NAN, Play, Record, RidgelineError, Table, table
+from harness.report import search
+from harness.report.view import RunView
 from tests.conftest import ROOT, one_object
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -346,3 +348,54 @@ def test_the_rate_of_a_live_server_is_found_where_arrivals_outrun_it(
     found = ridgeline("find-capacity", "--mode", "open", "--url", url, "--slo", "ttft_p95=1s", "--input-tokens", "50",
                       "--output-tokens", "1", "--max-time", "240s", "--json", timeout=600)  # fmt: skip
     held(found, rate_of_md1(0.02, 1.0))
+
+
+# --- in the report ---------------------------------------------------------------------------------------------------
+
+
+def test_the_report_shows_the_points_of_a_search_and_where_the_edge_is() -> None:
+    rows: list[dict[str, Any]] = []
+    goal = Goal("closed", 8.0)
+    ended, points = searched(by_decode(0.001), goal)
+    for i, p in enumerate(points):
+        said = [
+            {"metric": r.metric, "bound": r.bound, "value": r.value, "low": r.low, "high": r.high, "n": 100}
+            for r in p.readings
+        ]
+        rows.append({"point": i, "batch_size": int(p.load), "rate": None, "verdict": "valid", "errors": 0, "requests": 100,
+                     "requests_per_s": p.served_per_s, "ttft_s": {"mean": p.ttft_s}, "e2e_s": {"mean": p.e2e_s}, "play": {"full": True},
+                     "objective": {"readings": said, "saturated": False, "served_per_s": NAN}})  # fmt: skip
+    found = capacity_answer.answer(rows, rows, range(len(rows)), "ttft_p95=150ms,itl_p95=50ms", goal, ended)
+    assert found["sentence"] == ("ttft_p95 ≤ 150 ms and itl_p95 ≤ 50 ms hold up to batch size 40 (95 % interval 39 – 41); "
+                                 "beyond, itl_p95 is missed first.")  # fmt: skip
+    summary = {"name": "x", "capacity": store.clean(found), "points": []}
+    charts = search.section([RunView(summary, {}, "")])
+    assert charts is not None
+    (block,) = charts.blocks
+    assert block.finding == found["sentence"] and len(block.table.body) == len(rows)
+    assert block.figure is not None and len(block.figure["data"]) == 2
+    words = [row[2].text for row in block.table.body]
+    assert words[0] == "met" and words[1] == "missed" and "39 – 41" in block.table.notes[0]
+    assert search.section([RunView({"name": "x", "points": []}, {}, "")]) is None
+
+
+@pytest.mark.parametrize(
+    ("ended", "code", "said"),
+    [("found", 0, "hold up to batch size 8 at least"), ("invalid", 5, "Cannot tell up to which load"), ("stopped", 0, "at least")],
+)  # fmt: skip
+def test_the_exit_code_and_the_sentence_follow_from_how_the_search_ended(ended: str, code: int, said: str) -> None:
+    reading = {"metric": "itl_p95", "bound": 0.05, "value": 0.02, "low": 0.019, "high": 0.021, "n": 100}
+    row = {"point": 0, "batch_size": 8, "rate": None, "verdict": "valid", "errors": 0, "requests": 100, "requests_per_s": 1.0,
+           "ttft_s": {"mean": 0.1}, "e2e_s": {"mean": 1.0}, "play": {"full": True},
+           "objective": {"readings": [reading], "saturated": False, "served_per_s": None}}  # fmt: skip
+    found = capacity_answer.answer([row], [row], [0], "itl_p95=50ms", Goal("closed", 8.0), ended)
+    assert said in found["sentence"] and capacity_answer.code(found) == code == capacity_answer.code(store.clean(found))
+    bad = row | {
+        "objective": {"readings": [reading | {"value": 0.08}], "saturated": False, "served_per_s": None},
+        "batch_size": 1,
+    }
+    none = capacity_answer.answer([bad], [bad], [0], "itl_p95=50ms", Goal("closed", 8.0), "none")
+    assert (
+        none["sentence"] == "No load meets itl_p95 ≤ 50 ms: itl_p95 is 80 ms at batch size 1."
+        and capacity_answer.code(none) == 3
+    )
