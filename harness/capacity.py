@@ -75,13 +75,18 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What is searched: `start` is the first load, `least` one below which nothing is looked for."""
+    """What is searched: `start` is the first load."""
 
     mode: str
     start: float
     max_points: int = 10
     max_time_s: float = 900.0
     max_failed: float = 0.01
+    most: float = math.inf  # load that the client can make
+
+    @property
+    def ceiling(self) -> float:
+        return min(MOST[self.mode], self.most)
 
     @property
     def whole(self) -> bool:
@@ -315,7 +320,7 @@ def decide(points: Sequence[Measured], goal: Goal) -> Next | str:
     met, missed = bracket(sound(points), drawn, goal.max_failed)
     if math.isnan(met) and _alone(points, goal):
         return "none"
-    if met >= MOST[goal.mode]:
+    if met >= goal.ceiling:
         return "all"
     if not math.isnan(met) and not math.isnan(missed):
         at = edge(points, goal)
@@ -363,7 +368,7 @@ def _more(drawn: Sequence[Curve], met: float, goal: Goal) -> float:
         for i in range(len(x) - 1):  # the steepest of the last stretches
             if x[-1] > x[i] and y[-1] > 1.02 * y[i]:
                 ahead = min(ahead, x[-1] + (1 - y[-1]) * (x[-1] - x[i]) / (y[-1] - y[i]))
-    wanted = min(max(1.05 * ahead, 1.3 * met), JUMP[goal.mode] * met, MOST[goal.mode])
+    wanted = min(max(1.05 * ahead, 1.3 * met), JUMP[goal.mode] * met, goal.ceiling)
     return max(met + 1, math.ceil(wanted)) if goal.whole else wanted
 
 

@@ -439,6 +439,11 @@ def plan_text(scenario: Scenario) -> str:
     lines = [f"{scenario.name}: {workload.mode}, {asked}, {trials}, engine {scenario.engine.kind}"]
     if scenario.variants:
         lines.append(f"  for each of {', '.join(scenario.variants)}{', in turn' if scenario.interleave else ''}:")
+    if search := scenario.capacity:
+        what = "rate" if workload.mode == "open" else "batch size"
+        lines.append(f"  a search for the highest {what} that holds {scenario.slo}: at most {search.max_points} points, "
+                     f"{units.seconds(search.max_time_s)}")  # fmt: skip
+        return "\n".join(lines)
     theory = scenario.theory.model_dump(by_alias=True)
     wants = theory["model_config"] and theory["hardware"] not in (None, "machine")
     inputs = theory_inputs(theory, {}, Progress()) if wants else None

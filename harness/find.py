@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import resource
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import numpy as np
 from harness import capacity, capacity_answer, slo, summary, units
 from harness.capacity import Goal, Measured, Next
 from harness.plan import Point
+from harness.preflight import FILES_SPARE
 from harness.records import RidgelineError
 from harness.scenario import Scenario
 from harness.session import Session
@@ -30,7 +33,9 @@ class Search:
         self.limits = slo.upper(scenario.slo)
         self.guess = asked.start is None
         start = asked.start or (1.0 if load.mode == "open" else 8.0)
-        self.goal = Goal(load.mode, start, asked.max_points, asked.max_time_s, scenario.limits.max_error_rate)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        most = math.inf if files == resource.RLIM_INFINITY else float(files - FILES_SPARE)
+        self.goal = Goal(load.mode, start, asked.max_points, asked.max_time_s, scenario.limits.max_error_rate, most)
         self.points: list[Measured] = []
         self.spent_s = 0.0
         self.began_s = time.monotonic()
@@ -104,7 +109,7 @@ class Search:
             if not self._predicted(scenario, model, row, calibrated, float(load), engine.get("kind")):
                 break
             found = math.floor(load) if self.goal.whole else float(load)
-        return Goal(self.goal.mode, found, self.goal.max_points, self.goal.max_time_s, self.goal.max_failed)
+        return replace(self.goal, start=found)
 
     def _predicted(self, scenario: Scenario, model: Any, row: Any, calibrated: Any, load: float, kind: Any) -> bool:
         """Whether the mean that theory predicts meets each objective."""

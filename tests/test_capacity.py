@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,14 +280,21 @@ def test_a_scenario_with_a_search_leaves_the_points_to_it(text: str, said: str) 
 # --- on the wire -----------------------------------------------------------------------------------------------------
 
 
-def held(found: subprocess.CompletedProcess[str], true: float) -> None:
-    """The answer is within 5 %; on a machine that is busy elsewhere there may be none, but never a wrong one."""
+def held(found: subprocess.CompletedProcess[str], true: float, url: str) -> None:
+    """The answer is within 5 %, if the simulator kept its law; where the machine was too busy for the search to trust a
+    point, it says so and gives no wrong answer."""
     said = one_object(found.stdout)["capacity"]
+    assert len(said["points"]) <= 10
     if said["ended"] == "invalid":
         assert found.returncode == 5 and said["points"][-1]["holds"] is said["points"][-2]["holds"] is None
         pytest.skip(f"this machine is too busy: {said['sentence']}")
+    with urllib.request.urlopen(f"{url}/__log__?events=0") as answer:
+        kept = json.load(answer)["summary"]
+    if kept["late_mean_s"] > 0.001:
+        pytest.skip(
+            f"this machine is too busy: the simulator was late by {1000 * kept['late_mean_s']:.1f} ms on average"
+        )
     assert found.returncode == 0, found.stderr
-    assert len(said["points"]) <= 10
     assert abs(said["load"] / true - 1) <= 0.05, said["sentence"]
     assert said["low"] <= true + 0.5 and true <= said["high"]
 
@@ -313,7 +322,7 @@ def test_a_search_that_was_stopped_says_what_it_knows_and_goes_on_and_its_run_is
     assert said["sentence"] in ridgeline("report", "run").stdout
     again = ridgeline("run", "--resume", "run")
     assert again.returncode == 2 and "nothing is left to do" in again.stderr
-    held(found, 3)
+    held(found, 3, url)
 
 
 @pytest.mark.full
@@ -336,7 +345,7 @@ def test_the_capacity_of_a_live_server_is_found_whatever_limits_it(
     simulated: Callable[..., str], ridgeline: Run, server: tuple[str, ...], asked: tuple[str, ...], true: float
 ) -> None:
     url = simulated(*server)
-    held(ridgeline("find-capacity", "--url", url, *asked, "--max-time", "120s", "--json", timeout=400), true)
+    held(ridgeline("find-capacity", "--url", url, *asked, "--max-time", "120s", "--json", timeout=400), true, url)
 
 
 @pytest.mark.full
@@ -347,7 +356,7 @@ def test_the_rate_of_a_live_server_is_found_where_arrivals_outrun_it(
     url = simulated("--ttft-base", "10ms", "--ttft-per-token", "0.2ms", "--slots", "1")
     found = ridgeline("find-capacity", "--mode", "open", "--url", url, "--slo", "ttft_p95=1s", "--input-tokens", "50",
                       "--output-tokens", "1", "--max-time", "240s", "--json", timeout=600)  # fmt: skip
-    held(found, rate_of_md1(0.02, 1.0))
+    held(found, rate_of_md1(0.02, 1.0), url)
 
 
 # --- in the report ---------------------------------------------------------------------------------------------------
