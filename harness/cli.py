@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from harness import __version__, redaction
+from harness.cli_capacity import app as capacity_app
 from harness.cli_gate import app as gate_app
 from harness.cli_plan import app as plan_app
 from harness.records import RidgelineError
@@ -24,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 config_app = typer.Typer(no_args_is_help=True, help="Scenario files: a schema for editors, and one to start from.")
 app.add_typer(config_app, name="config")
 app.add_typer(gate_app)
+app.add_typer(capacity_app)
 app.add_typer(plan_app)
 
 
