@@ -65,7 +65,8 @@ def found_of(asked: Asked) -> Plan:
     if asked.rate is not None and not (math.isfinite(asked.rate) and asked.rate > 0):
         raise RidgelineError(f"--rate: got {asked.rate:g}, expected requests per second, more than 0")
     model = models.load(asked.model)
-    rows = [row for name in asked.hardware for row in command_theory.hardware_rows(name.strip())]
+    model = replace(model, name=view.shorten(model.name, 80))
+    rows = [_shown(row) for name in asked.hardware for row in command_theory.hardware_rows(name.strip())]
     rows = list({row.name: row for row in rows}.values())
     load = planning.Load(asked.input_tokens, asked.output_tokens, asked.rate)
     runs = [_run(folder, model, load, objectives) for folder in asked.runs]
@@ -123,6 +124,12 @@ def _named(key: str) -> str:
         return ""
 
 
+def _shown(row: Hardware) -> Hardware:
+    """A row of the user's as a page may show it: printable, and no text that fills it."""
+    return replace(row, name=view.shorten(row.name, 60), source=view.shorten(row.source, 500),
+                   notes=view.shorten(row.notes, 1000), price_source=view.shorten(row.price_source, 200))  # fmt: skip
+
+
 def _priced(row: Hardware, prices: Mapping[str, float]) -> Hardware:
     given = prices.get(row.name)
     return row if given is None else replace(row, usd_per_h=given, price_source="given with --price")
@@ -146,7 +153,7 @@ def _run(folder: Path, model: Model, load: planning.Load, objectives: Sequence[O
     dtype = theory.get("dtype") or "auto"
     dtype = (own.dtype if own else "unknown") if dtype == "auto" else dtype
     points = tuple(point for p in found["points"] if (point := _point(p, objectives)) is not None)
-    return Run(found.get("name") or folder.name, from_row(inputs["hardware"]), dtype, int(theory.get("tp") or 1), points,
+    return Run(view.shorten(folder.resolve().name, 40), from_row(inputs["hardware"]), dtype, int(theory.get("tp") or 1), points,
                _unlike(found, own, model, load))  # fmt: skip
 
 

@@ -120,8 +120,8 @@ class Way:
     """One way to serve, and where it would be run.  Rates are of one replica, which is `tp` accelerators.
 
     `batch` is planned, `hoped` what would do if the predicted values themselves held; `binding` is what allows no larger
-    batch: the name of an objective, "memory", "sequences" (the engine's own limit) or "throughput" (a larger batch gives
-    no more); `limit` (one of records.LIMITS) is what the time that binds is made of at the next larger batch.  Costs are
+    batch: the name of an objective, "memory", "sequences" (the engine's own limit) "throughput" (a larger batch gives no
+    more) or "measured" (none larger was); `limit` (one of records.LIMITS) is what the time that binds is made of at the next larger batch.  Costs are
     of output tokens, at this batch (with a rate: at that rate, on `replicas`).  A `run` was measured; the others are
     predicted.
     """
@@ -334,7 +334,7 @@ def measured_way(run: Run, load: Load, objectives: Sequence[Objective]) -> Way:
     state = STATES[2] if not kept else STATES[0] if sure else STATES[1]
     larger = [p for p in points if p.batch > point.batch and p not in kept]
     broken = {o.name: p.times[o.name].value / o.bound_s for p in (larger[:1] if kept else [point]) for o in objectives}
-    binding = max(broken, key=lambda name: broken[name]) if broken else "throughput"
+    binding = max(broken, key=lambda name: broken[name]) if broken else "measured"
     whole = round(point.batch)
     return _costed(replace(
         way, state=state, batch=whole, hoped=whole, binding=binding, limit="", times=point.times,

@@ -17,6 +17,7 @@ BINDINGS = {
     "memory": "memory: no further sequence's KV cache fits",
     "sequences": f"the engine's own limit of {planning.MOST_SEQUENCES:,} sequences",
     "throughput": "a larger batch gives no more tokens/s",
+    "measured": "no larger batch was measured",
 }
 
 
@@ -69,8 +70,13 @@ def binds(way: Way) -> str:
 
 
 def limit(way: Way) -> str:
-    word = limit_word(way.limit) if way.limit else "not known: measured"
+    word = limit_word(way.limit) if way.limit else binds(way)
     return word[:1].upper() + word[1:]
+
+
+def limit_and_binds(way: Way) -> str:
+    """ "Compute: ITL p95"; of a measured way only what stopped it, its cause is not known."""
+    return f"{limit(way)}: {binds(way)}" if way.limit else limit(way)
 
 
 def largest_term(way: Way) -> str:
@@ -175,7 +181,8 @@ def cost(found: Plan, way: Way) -> tuple[str, str]:
     if not way.works:
         return "–", ""
     if way.priced:
-        return usd(way.usd_per_million.value), span_usd(way.usd_per_million)
+        interval = span_usd(way.usd_per_million)
+        return usd(way.usd_per_million.value), f"95 %: {interval}" if way.run and interval else interval
     if found.choice and found.choice.priced and found.choice is not way:
         below = planning.break_even_usd_per_h(way, found.choice, found.load)
         return "price unknown", f"best < {usd(below, 2)}/h"
@@ -248,7 +255,7 @@ def _line(found: Plan, way: Way) -> str:
     value, interval = cost(found, way)
     times = "".join(f"{units.seconds(way.times[o.name].value, 3):>10} " for o in found.objectives)
     month = usd(way.usd_per_month.value, 4) if way.priced and way.works else "–"
-    told = f"{limit(way)}, {binds(way)}" if way.works else state(found, way)
+    told = limit_and_binds(way) if way.works else state(found, way)
     return (
         f"{name:<22} {way.dtype:>7} {way.batch:>6} {times}{units.number(way.tokens_per_s.value, 3):>9} {value:>11} "
         f"{interval.replace('$', ''):>17} {month:>9}  {told}"

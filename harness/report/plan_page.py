@@ -169,7 +169,7 @@ def _times(found: Plan) -> Charts:
                 "the step of the percentile; beyond its last batch a line's KV cache does not fit.")  # fmt: skip
         blocks.append(Block(f"chart-{o.name}", f"{label(o.name)} over the batch", finding, read,
                             plan_tables.over_batch(found, o.name), plan_charts.over_batch(found, o)))  # fmt: skip
-    return Charts(blocks, otherwise="Nothing fits.")
+    return Charts(blocks, tall=True, otherwise="Nothing fits.")
 
 
 def _throughput(found: Plan) -> Charts:
@@ -186,7 +186,7 @@ def _throughput(found: Plan) -> Charts:
               plan_tables.speeds(found, "table-speed", "Output tokens/s at some batches"), plan_charts.speed(found)),
         Block("chart-pareto", "What the hardware gives against what a user sees", "Every step to the left buys throughput with each user's speed.",
               user, plan_tables.speeds(found, "table-pareto", "The same points, as the user sees them"), plan_charts.pareto(found)),
-    ])  # fmt: skip
+    ], tall=True)  # fmt: skip
 
 
 def _article(found: Plan) -> dict[str, Any]:
