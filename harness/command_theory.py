@@ -190,9 +190,13 @@ def calibration_of(path: Path) -> Calibration:
         raise RidgelineError(f"calibration {path}: not JSON ({str(problem)[:100]})") from None
 
 
-def calibrate(source: Path, out: Path, as_json: bool) -> str:
-    """Fit, write the file, and say what was found."""
-    found = _of_run(source) if source.is_dir() else fitting.calibrate(_table(source), str(source))
+def calibrate(source: Path, out: Path, only: Sequence[int] | None, as_json: bool) -> str:
+    """Fit, to the cells of `only` these batch sizes where given, write the file, and say what was found."""
+    if source.is_dir():
+        found = _of_run(source, only)
+    else:
+        rows = _table(source)
+        found = fitting.calibrate(rows[rows.batch.isin(only)] if only else rows, str(source))
     store.write_json(out, found.as_dict())
     if as_json:
         return json.dumps(store.clean(found.as_dict()), allow_nan=False)
@@ -210,7 +214,7 @@ def calibrate(source: Path, out: Path, as_json: bool) -> str:
     return "\n".join([*lines, f"calibration: {out}"])
 
 
-def _of_run(folder: Path) -> Calibration:
+def _of_run(folder: Path, only: Sequence[int] | None) -> Calibration:
     from harness import command
 
     found = command.summarise(folder)
@@ -225,6 +229,7 @@ def _of_run(folder: Path) -> Calibration:
     case = holding.Case(command.model_from(inputs["model"]), from_row(inputs["hardware"]), theory["dtype"],
                         theory["kv_dtype"], theory["tp"], theory.get("pp", 1), 1, 1, framework)  # fmt: skip
     rows, mode = fitting.of_points(found["points"]), found["workload"]["mode"]
+    rows = rows[rows.batch.isin(only)] if only else rows
     return fitting.calibrate_cells(case, "wave" if mode == "wave" else "concurrency", rows, str(folder))
 
 

@@ -21,8 +21,9 @@ import numpy.typing as npt
 from harness.records import NAN, RidgelineError
 from harness.theory import design, memory, tails
 from harness.theory.calibration import Calibration
+from harness.theory.dtypes import WHOLE
 from harness.theory.hardware import Hardware
-from harness.theory.shape import WHOLE, Model
+from harness.theory.shape import Model
 from harness.theory.sweep import Sweep, limit_of, sweep
 
 Array = npt.NDArray[np.float64]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from harness.report import against, glossary, provenance, tables, trend, verdict, view
+from harness.report import against, compare_section, glossary, provenance, tables, trend, verdict, view
 from harness.report.section import Section
 from harness.report.view import RunView
 
@@ -22,6 +22,7 @@ def _starts(runs: Sequence[RunView]) -> list[tuple[str, list[tables.Stage], str]
 
 SECTIONS = (
     Section("verdict", "Verdict", "verdict", verdict.section),
+    Section("compare", "Comparison", "compared", compare_section.section),
     Section("versus", "Predicted versus measured", "charts", against.versus),
     Section("plane", "Throughput over batch size", "charts", against.plane),
     Section("trend", "History", "charts", trend.section),

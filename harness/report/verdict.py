@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from harness import units
-from harness.report import tables, view
+from harness.report import decision, tables, view
 from harness.report.tables import Table
 from harness.report.view import HEADLINES, Json, RunView, Shown
 
@@ -106,8 +106,50 @@ def _verdict_of(run: RunView, name: str) -> dict[str, Any]:
         "state": "" if state == "complete" else state,
         "state_sentence": _STATES.get(state, "The run did not end as a complete run does."),
         "panels": _panels(run),
+        "answer": _answer(run) if view.points(run) else None,
         "points": len(view.points(run)),
     }
+
+
+def _answer(run: RunView) -> dict[str, Any]:
+    """The decision in a word and a sentence, with the five figures that it rests on."""
+    found = decision.decide(run)
+    facts = _facts(run, found) if found.chosen else []
+    return {"word": found.word, "glyph": decision.GLYPHS[found.word], "reason": found.reason, "objective": decision.objective(run), "facts": facts,
+            "style": {decision.YES: "valid", decision.NO: "invalid"}.get(found.word, "suspect")}  # fmt: skip
+
+
+def _facts(run: RunView, found: decision.Decision) -> list[tuple[str, str, str]]:
+    """(name, value, beneath it) of the point that decides."""
+    assert found.chosen
+    key, point = found.chosen
+    was = view.measured(point, "output_tokens_per_s")
+    span = units.interval(was.low, was.high, lambda v: units.number(v, 3))
+    requests = view.num(point, "requests_per_s")
+    share, limit = decision.roof_share(run, point), view.limit_word(view.text(point, "predicted", "limit"))
+    many = view.num(point, "trials")
+    return [
+        ("Largest load that meets it" if found.meets else "Most output at", view.key_label(key, full=True),
+         f"of {len(found.held)} measured" if found.meets else decision.objective(run) and "no load meets the objective"),
+        ("Output, all requests", units.rate(was.value, "tokens", 3),
+         f"95 % interval {span}" if span else f"{units.count(many)} trial{'' if many == 1 else 's'}: no interval"),
+        ("Requests", units.rate(requests, "requests", 3) if math.isfinite(requests) else "not measured",
+         f"{units.count(view.num(point, 'requests'))} measured"),
+        ("Cost of 1 M output tokens", *_cost(run, point)),
+        ("Binding limit", limit or "not known",
+         f"{units.percent(share, 2)} of what physics allows" if math.isfinite(share) else "no prediction"),
+    ]  # fmt: skip
+
+
+def _cost(run: RunView, point: Json) -> tuple[str, str]:
+    usd_per_h, many, source = decision.price(run)
+    if not math.isfinite(usd_per_h):
+        return "no price known", "give --price 1.2/h"
+    each = f"{many} × " if many > 1 else ""
+    source = view.shorten(source.partition(",")[0], 60)
+    return decision.usd(
+        decision.usd_per_million(run, point)
+    ), f"{each}{decision.usd(usd_per_h)}/h ({source}), always busy"
 
 
 def _panels(run: RunView) -> list[Panel]:
