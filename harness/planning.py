@@ -371,8 +371,12 @@ def plan(
                                framework=framework, calibration=calibration)]  # fmt: skip
     if not any(way.curve for way in ways):
         first = min(ways, key=lambda way: STATES.index(way.state))
-        raise RidgelineError(f"{model.name} fits on none of {', '.join(row.name for row in hardware)}: {first.reason}; name "
-                             "hardware with more memory, or more of --tp")  # fmt: skip
+        if first.state == STATES[4]:
+            raise RidgelineError(first.reason)
+        raise RidgelineError(
+            f"{model.name} fits on none of {', '.join(row.name for row in hardware)}: {first.reason}; name hardware with "
+            "more memory, or more of --tp"
+        )
     ways += [measured_way(run, load, objectives) for run in runs]
     asked = [w for w in ways if w.allowed]
     levers = [w for w in ways if not w.allowed and w.run is None]
