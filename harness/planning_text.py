@@ -22,8 +22,12 @@ BINDINGS = {
 
 
 def usd(value: float, digits: int = 3) -> str:
-    """US dollars: usd(0.07626) is "$0.0763"; "price unknown" where there is none."""
-    return "price unknown" if units.is_missing(value) else f"${units.number(value, digits)}"
+    """US dollars: usd(0.064) is "$0.0640", usd(1.4) "$1.40", usd(2153.5) "$2,154"; "price unknown" where there is none."""
+    if units.is_missing(value):
+        return "price unknown"
+    if value < 1e-3 or value >= 1000:
+        return f"${units.number(value, digits)}"
+    return f"${value:#.{digits}g}".rstrip(".")
 
 
 def span_usd(span: Span) -> str:
@@ -125,7 +129,7 @@ def verdict(found: Plan) -> str:
         batch = f"{units.number(way.in_flight, 3)} in flight each (room for {units.count(way.batch)})"
     parts = ", ".join(part for part in (split(way), way.dtype, batch) if part)
     sentence = f"{verb} {what(way)} ({parts}): {cost}"
-    sentence += f", {usd(way.usd_per_month.value, 4)} a month." if way.priced else "."
+    sentence += f", {usd(way.usd_per_month.value)} a month." if way.priced else "."
     if found.verdict == "cannot tell":
         sentence += (
             " Only the predicted values meet the objectives, not the upper ends of their intervals: measure first."
@@ -254,7 +258,7 @@ def _line(found: Plan, way: Way) -> str:
         return f"{name:<22} {way.dtype:>7} {state(found, way)}"
     value, interval = cost(found, way)
     times = "".join(f"{units.seconds(way.times[o.name].value, 3):>10} " for o in found.objectives)
-    month = usd(way.usd_per_month.value, 4) if way.priced and way.works else "–"
+    month = usd(way.usd_per_month.value) if way.priced and way.works else "–"
     told = limit_and_binds(way) if way.works else state(found, way)
     return (
         f"{name:<22} {way.dtype:>7} {way.batch:>6} {times}{units.number(way.tokens_per_s.value, 3):>9} {value:>11} "

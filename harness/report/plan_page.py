@@ -53,7 +53,7 @@ def render(found: Plan, told: Advice | None, command: str) -> str:
     meta[-1] = "predicted and measured" if plan_charts.runs(found) else meta[-1]
     if found.calibration:
         meta.append(f"calibrated on {found.calibration.cells} cells of {found.calibration.hardware}")
-    return document(built, title=title, description=planning_text.verdict(found), meta=meta, forms="plan_forms.html.j2",
+    return document(built, title=title, description=planning_text.verdict(found), meta=meta, forms="plan_forms.html.j2", styles=("style.css", "plan.css"),
                     source="from its theory, the tables it carries and the runs named here alone")  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def _tiles(found: Plan, way: Way) -> list[dict[str, Any]]:
         _tile("Batch", units.count(way.batch), flight, hoped,
               f"{units.count(speed.value)} output tokens/s a replica ({units.interval(speed.low, speed.high, units.count)})"),
         _tile("Cost per million output tokens", usd(cost.value), f"90 % interval {planning_text.span_usd(cost)}" if way.priced else "",
-              f"{usd(way.usd_per_month.value, 4)} a month" if way.priced else ""),
+              f"{usd(way.usd_per_month.value)} a month" if way.priced else ""),
         _tile("Binding limit", planning_text.limit(way), planning_text.binding_sentence(way).partition(" binds: ")[2]),
     ]  # fmt: skip
 

@@ -93,7 +93,7 @@ def costs(found: Plan) -> Table:
         cells = [Cell(usd(planning.at_utilisation(way, u))) for u in UTILISATION]
         body.append([heading(plan_charts.label_of(way), planning_text.span_usd(way.usd_per_million)),
                      Cell(usd(way.hardware.usd_per_h * way.tp)), *cells,
-                     Cell(usd(planning.at_utilisation(way, 1.0) * both)), Cell(usd(way.usd_per_month.value, 4)),
+                     Cell(usd(planning.at_utilisation(way, 1.0) * both)), Cell(usd(way.usd_per_month.value)),
                      Cell(planning_text.price(way.hardware), style="wrap left")])  # fmt: skip
     return Table("table-costs", "US dollars per million output tokens, by how busy the accelerators are", [head], body)
 

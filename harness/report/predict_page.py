@@ -68,7 +68,7 @@ def render(parts: Sequence[Part], model: str, mode: str, command: str) -> str:
     framework = next((part.sweep.setup.framework.name for part in parts if part.sweep), "")
     return document(built, title=f"What theory says of {view.shorten(model, 80)}", description=best,
                     meta=[f"{mode} load", *([f"framework {framework}"] if framework else []), "predicted, no server asked"],
-                    forms="plan_forms.html.j2", source="from its theory and the tables it carries")  # fmt: skip
+                    forms="plan_forms.html.j2", styles=("style.css", "plan.css"), source="from its theory and the tables it carries")  # fmt: skip
 
 
 def _cut(parts: Sequence[Part]) -> list[Part]:
