@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from harness import planning, planning_text
 from harness.planning import Load, Plan, Point, Run, Span, Way, objective
 from harness.records import RidgelineError
-from harness.theory import catalogue, design, hardware, memory, tails
+from harness.theory import catalogue, design, hardware, memory, roofline, tails
 from harness.theory.sweep import sweep
 
 LLAMA = catalogue.find("meta-llama/Llama-3.1-8B")
@@ -54,7 +54,7 @@ def test_the_choice_is_the_cheapest_way_that_keeps_the_objectives(found):
 def test_sixteen_bit_llama_8b_does_not_fit_a_t4(found):
     alone = way(found, "T4", "fp16", 1)
     assert alone.state == "does not fit"
-    assert LLAMA.weight_bytes("fp16") > memory.MEMORY_SHARE * memory.usable_bytes(hardware.find("T4"))
+    assert LLAMA.weight_bytes("fp16") > roofline.Room().share * memory.usable_bytes(hardware.find("T4"))
     assert any("does not fit one T4" in line for line in planning_text.unfit(found))
     assert way(found, "T4", "fp16", 2).state == "meets"
     assert way(found, "T4", "int4", 1).state == "meets"
