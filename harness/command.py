@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import redaction, store, summary, units
+from harness import baseline, redaction, store, summary, units
 from harness.progress import Progress
 from harness.records import RidgelineError, Table
 from harness.scenario import Places, Scenario, load, validate
@@ -25,6 +25,7 @@ from harness.theory.shape import Layers, Model
 from harness.yaml_lines import MAX_BYTES
 
 RESULTS = Path("results")
+FORMS = ("html", "md", "json")
 WHOLE = ("input_tokens", "output_tokens", "rate_ramp")  # a flag replaces these, whatever the file says
 
 
@@ -117,7 +118,8 @@ def exit_code(found: Mapping[str, Any], scenario: Scenario, strict: bool) -> int
 
 
 def summarise(folder: Path, progress: Progress | None = None, hardware_name: str | None = None,
-              model_config: str | None = None, calibration: str | None = None) -> dict[str, Any]:  # fmt: skip
+              model_config: str | None = None, calibration: str | None = None,
+              worth: Mapping[str, str | None] | None = None) -> dict[str, Any]:  # fmt: skip
     """Compute summary.json from what is on disk.  Theory's inputs are kept in run.json, so that any machine can."""
     loaded = store.load(folder)
     theory = loaded.run["scenario"]["theory"]
@@ -127,6 +129,10 @@ def summarise(folder: Path, progress: Progress | None = None, hardware_name: str
         wanted = dict(theory) | given
         engine = {"served": loaded.run.get("model"), **(loaded.run.get("engine") or {})}
         loaded.run["theory"] = theory_inputs(wanted, engine, progress or Progress(True))
+        store.write_json(folder / store.RUN, loaded.run)
+    if told := {key: value for key, value in (worth or {}).items() if value}:
+        validate(told, "the options")
+        loaded.run["worth"] = (loaded.run.get("worth") or {}) | told
         store.write_json(folder / store.RUN, loaded.run)
     found = _summary(loaded)
     with contextlib.suppress(RidgelineError):  # a report of a folder that is not ours to write is still a report
@@ -273,9 +279,14 @@ def _hardware(
     return from_row(machine.row(working_set, progress.line))
 
 
-def report(folders: Sequence[Path], page: Path, hardware_name: str | None, model_config: str | None,
-           as_tool: str | None = None, calibration: str | None = None, past: Path | None = None) -> str:  # fmt: skip
-    found = [summarise(folder, None, hardware_name, model_config, calibration) for folder in folders]
+def report(folders: Sequence[Path], page: Path | None, hardware_name: str | None, model_config: str | None,
+           as_tool: str | None = None, calibration: str | None = None, past: Path | None = None,
+           slo: str | None = None, price: str | None = None, form: str = "html") -> str:  # fmt: skip
+    """Write the report; returns what stdout gets.  As md or json it is that itself, unless `page` names a file for it."""
+    if form not in FORMS:
+        raise RidgelineError(f"--format: got {form!r}; known: {', '.join(FORMS)}")
+    worth = {"slo": slo, "price": price}
+    found = [summarise(folder, None, hardware_name, model_config, calibration, worth) for folder in folders]
     for one, folder in zip(found, folders, strict=True):
         imported = next((str(p["imported"]["tool"]) for p in one["points"] if p.get("imported")), None)
         if name := as_tool or imported:  # what a tool printed stands beside what we make of it
@@ -284,8 +295,25 @@ def report(folders: Sequence[Path], page: Path, hardware_name: str | None, model
         from harness import command_gate
 
         found[0]["history"] = command_gate.past(past)
-    write_report(folders, found, page)
+    if form == "html":
+        page = page or folders[0] / "report.html"
+        write_report(folders, found, page)
+    else:
+        text = _text_form(folders, found, form)
+        if page is None:
+            return text.rstrip()
+        store.write_text(page, text)
     return "\n".join([*(one["verdict_sentence"] for one in found), f"report: {page}"])
+
+
+def _text_form(folders: Sequence[Path], found: Sequence[dict[str, Any]], form: str) -> str:
+    from harness.report import formats
+
+    seen = views(folders, found)
+    text = (
+        formats.markdown(seen) if form == "md" else json.dumps(store.clean(formats.data(seen)), allow_nan=False) + "\n"
+    )
+    return redaction.clean(text, len(text))
 
 
 def _compared(folder: Path, name: str) -> dict[str, Any]:
@@ -315,12 +343,22 @@ def definitions(folder: Path | None, name: str, as_json: bool) -> str:
 
 
 def write_report(folders: Sequence[Path], found: Sequence[dict[str, Any]], page: Path) -> None:
-    from harness.report.page import RunView, render
+    from harness.report.page import render
 
-    views = [
-        RunView(one, store.load(folder).run, _log_tail(folder)) for folder, one in zip(folders, found, strict=True)
-    ]
-    store.write_text(page, render(views))
+    store.write_text(page, render(views(folders, found)))
+
+
+def views(folders: Sequence[Path], found: Sequence[dict[str, Any]]) -> list[Any]:
+    """The runs as a report sees them; several also with their figures trial by trial, to be compared."""
+    from harness.report.page import RunView
+
+    seen = []
+    for folder, one in zip(folders, found, strict=True):
+        run = store.load(folder)
+        trials = baseline.figures(run.run, one, run.blocks, run.events) if len(folders) > 1 else None
+        more = {"figures": store.clean(trials)} if trials else {}
+        seen.append(RunView(one | more, run.run, _log_tail(folder)))
+    return seen
 
 
 def _log_tail(folder: Path, size: int = 4000) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -56,6 +58,19 @@ def _written(kind: str) -> BeforeValidator:
             raise ValueError(str(problem)) from None
 
     return BeforeValidator(read)
+
+
+def _checked(module: str, reader: str) -> AfterValidator:
+    """A text that `reader` of `module` takes, which stays as written."""
+
+    def check(value: str) -> str:
+        try:
+            getattr(importlib.import_module(module), reader)(value)  # here: it may know of scenarios itself
+        except RidgelineError as problem:
+            raise ValueError(str(problem)) from None
+        return value
+
+    return AfterValidator(check)
 
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), _written("time")]
@@ -364,6 +379,10 @@ class Scenario(Part):
     client: ClientPart = ClientPart()
     theory: Theory = Theory()
     limits: Limits = Limits()
+    slo: Annotated[str, _checked("harness.slo", "parse")] | None = None
+    """What the load must meet, ttft_p95=500ms,itl_p95=50ms: the report answers yes, no, or up to which load."""
+    price: Annotated[str, _checked("harness.prices", "usd_per_h")] | None = None
+    """US dollars for an hour of one accelerator, 1.2/h; default: a list price where one is known."""
     report: str | None = None
     """Where the report goes; default: report.html in the run folder."""
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")], Variant] = {}

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from harness import checks, foreign, server, units
+from harness import checks, detail, foreign, prices, server, slo, units
 from harness.lengths import typical
 from harness.records import NAN, Finding, RidgelineError
 from harness.tally import Blocks, Tally, count
-from harness.theory import seeds
+from harness.theory import levers, seeds
 from harness.theory.calibration import from_dict
 from harness.theory.hardware import Hardware
 from harness.theory.predict import plane, predict
@@ -66,6 +66,9 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
     ended = sum(tally.requests for tally in tallies.values())
     findings = _run_findings(run, state, ended, notes, model, hardware)
     findings += [] if run.get("imported") else checks.absent_senses(server.senses(samples))
+    best = _best(points)
+    worth = _worth(run, hardware)
+    limits = [(limit["metric"], limit["bound"]) for limit in worth["limits"] if limit["point"] is None]
     worst = max((row["verdict"] for row in points), key=("valid", "suspect", "invalid").index, default="invalid")
     verdict = max(worst, checks.verdict(findings), key=("valid", "suspect", "invalid").index)
     summary = {
@@ -82,6 +85,9 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         "verdict": verdict,
         "points": points,
         "plane": _plane(workload, points, asked, model, hardware),
+        "worth": worth,
+        "levers": _levers(best, workload, asked, model, hardware),
+        "detail": detail.build(tallies, blocks, best["point"] if best else None, limits),
     }
     return summary | {"verdict_sentence": sentence(summary)}
 
@@ -127,24 +133,13 @@ def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], asked: Mappi
                hardware: Hardware | None) -> dict[str, Any] | None:  # fmt: skip
     if model is None or hardware is None:
         return None
-    batch = row["batch_size"]
-    if batch is None:  # open loop: by Little's law, what was in flight on average
-        e2e_s = row["e2e_s"]["mean"]
-        batch = max(1.0, row["requests_per_s"] * e2e_s) if e2e_s == e2e_s else 1.0
-    inputs, outputs = (row[key] or typical(workload[key]) for key in LENGTHS)
-    if inputs is None or outputs is None:
+    load = _load(row, workload)
+    if load is None:
         return None
-    # The run knows what a prediction from outside must assume: its arrivals, how often each client asked, and the share
-    # of its prompts that the server had in its cache.
-    cached = row.get("cache_share")
-    cached = min(0.99, max(0.0, cached)) if cached is not None and math.isfinite(cached) else 0.0
-    load = {"waves": max(1.0, row["requests"] / batch), "cached_share": cached}
-    shape = {"batch": max(1, round(batch)), "input_tokens": round(inputs), "output_tokens": round(outputs)}
-    rate = row["rate"] if workload["mode"] == "open" and isinstance(row["rate"], float | int) else None
     try:
-        point = predict(model, hardware, **shape, mode=workload["mode"], rate=rate, **load, **asked)
-        if rate and not math.isfinite(point.ttft_s.value):  # saturated: what it does to those in flight
-            point = predict(model, hardware, **shape, mode=workload["mode"], **load, **asked)
+        point = predict(model, hardware, **load, **asked)
+        if load["rate"] and not math.isfinite(point.ttft_s.value):  # saturated: what it does to those in flight
+            point = predict(model, hardware, **{**load, "rate": None}, **asked)
     except RidgelineError:
         return None
     found = point.as_dict()
@@ -153,7 +148,54 @@ def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], asked: Mappi
         for name in COMPARED
     }
     found["ratio"] = {name: measured[name] / found[name]["value"] if found[name]["value"] else NAN for name in COMPARED}
+    found["work"] = levers.work(model, asked, load)
     return found
+
+
+def _load(row: Mapping[str, Any], workload: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a point asked of the server, as `predict` takes it.  The run knows what a prediction from outside must
+    assume: its arrivals, how often each client asked, and the share of its prompts that the server had in its cache."""
+    batch = row["batch_size"]
+    if batch is None:  # open loop: by Little's law, what was in flight on average
+        e2e_s = row["e2e_s"]["mean"]
+        batch = max(1.0, row["requests_per_s"] * e2e_s) if e2e_s == e2e_s else 1.0
+    inputs, outputs = (row[key] or typical(workload[key]) for key in LENGTHS)
+    if inputs is None or outputs is None:
+        return None
+    cached = row.get("cache_share")
+    cached = min(0.99, max(0.0, cached)) if cached is not None and math.isfinite(cached) else 0.0
+    rate = row["rate"] if workload["mode"] == "open" and isinstance(row["rate"], float | int) else None
+    return {"batch": max(1, round(batch)), "input_tokens": round(inputs), "output_tokens": round(outputs),
+            "mode": workload["mode"], "rate": rate, "waves": max(1.0, row["requests"] / batch), "cached_share": cached}  # fmt: skip
+
+
+def _best(points: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The point that the verdict speaks of: most output among the valid, or else the suspect ones."""
+    good = [p for p in points if p["verdict"] != "invalid" and p["output_tokens_per_s"] == p["output_tokens_per_s"]]
+    return max(good, key=lambda p: (p["verdict"] == "valid", p["output_tokens_per_s"]), default=None)
+
+
+def _worth(run: Mapping[str, Any], hardware: Hardware | None) -> dict[str, Any]:
+    """What the load must meet and what an accelerator costs: told with the report, else in the scenario, else a list
+    price."""
+    scenario, told = run["scenario"], run.get("worth") or {}
+    text, price = (told.get(key) or scenario.get(key) for key in ("slo", "price"))
+    theory = scenario["theory"]
+    found = {"slo": text, "limits": [dataclasses.asdict(limit) for limit in slo.parse(text)],
+             "accelerators": theory["tp"] * theory.get("pp", 1), "usd_per_h": None, "price_source": ""}  # fmt: skip
+    if price:
+        return found | {"usd_per_h": prices.usd_per_h(price), "price_source": "as given"}
+    if hardware and math.isfinite(hardware.usd_per_h):
+        return found | {"usd_per_h": hardware.usd_per_h, "price_source": hardware.price_source}
+    return found
+
+
+def _levers(best: Mapping[str, Any] | None, workload: Mapping[str, Any], asked: Mapping[str, Any], model: Model | None,
+            hardware: Hardware | None) -> list[dict[str, Any]]:  # fmt: skip
+    load = _load(best, workload) if best else None
+    if load is None or model is None or hardware is None:
+        return []
+    return levers.levers(model, hardware, {**load, **asked})
 
 
 def _plane(workload: Mapping[str, Any], points: Sequence[Mapping[str, Any]], asked: Mapping[str, Any], model: Model | None,

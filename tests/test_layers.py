@@ -17,12 +17,16 @@ PURE = [
     "lengths",
     "prompts",
     "dialects",
+    "eventstream",
     "endings",
     "metrics",
     "stats",
     "tally",
     "checks",
     "summary",
+    "detail",
+    "prices",
+    "slo",
     "journal",
     "server",
     "definitions",
@@ -31,7 +35,10 @@ PURE = [
     "baseline",
     "comparison",
     "gate_text",
+    "markdown",
     "history",
+    "planning",
+    "planning_text",
 ]
 FORBIDDEN = {"asyncio", "socket", "subprocess", "os", "aiohttp", "uvloop", "time", "signal", "threading", "httptools"}
 FILES = (

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from harness.report import tables, view
+from harness.report import provenance, tables, view
 from harness.report.charts import CHARTS, PALETTE
 from harness.report.page import PLOTLY_SHA256, PLOTLY_VERSION, RunView, plotly_source, render, verdict
 from tests import report_samples as samples
@@ -247,8 +247,8 @@ def test_secrets_are_left_out(data: dict[str, Any], gone: str) -> None:
 
 def test_what_only_sounds_like_a_secret_stays() -> None:
     kept = {"input_tokens": 350, "kv_bytes_per_token": 23040, "api_key_env": "MY_KEY", "tokenizer": "folder"}
-    assert tables.redacted(kept) == kept
-    assert tables.redacted({"url": "http://127.0.0.1:8000/v1"}) == {"url": "http://127.0.0.1:8000/v1"}
+    assert provenance.redacted(kept) == kept
+    assert provenance.redacted({"url": "http://127.0.0.1:8000/v1"}) == {"url": "http://127.0.0.1:8000/v1"}
 
 
 # --- what it says -------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_times_may_be_written_with_their_unit() -> None:
 def test_the_schema_knows_every_key_and_the_commented_scenario_is_valid() -> None:
     known = json.loads(scenario.schema())["properties"]
     assert set(known) == {"name", "description", "engine", "model", "tokenizer", "api_key_env", "api_key_file", "workload", "client", "theory",
-                          "limits", "report", "variants", "interleave"}  # fmt: skip
+                          "limits", "report", "variants", "interleave", "slo", "price"}  # fmt: skip
     assert scenario.load(scenario.commented()) == scenario.Scenario()
 
 

@@ -1,7 +1,7 @@
 """Runs -> plotly figures, as plain JSON.  A chart is a row of CHARTS.
 
 Colours are the light ones of PALETTE; the page swaps each for its dark twin, so a figure names no other colour.
-Traps of plotly kept out here: its texts are pseudo-HTML (`inert`), its default template is 7 KB a figure (`_figure`).
+Traps of plotly kept out here: its texts are pseudo-HTML (`inert`), its default template is 7 KB a figure (`figure_of`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def inert(value: str) -> str:
     return html.escape(value, quote=False)
 
 
-def _hover(lines: Iterable[str]) -> str:
+def tooltip(lines: Iterable[str]) -> str:
     return "<br>".join(inert(line) for line in lines if line)
 
 
@@ -82,7 +82,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _figure(data: list[Json], layout: Json) -> Figure:
+def figure_of(data: list[Json], layout: Json) -> Figure:
     """The figure, checked by plotly, as plain JSON."""
     import plotly.graph_objects as go  # here: the import takes longer than `ridgeline --help` may
 
@@ -111,7 +111,7 @@ def _figure(data: list[Json], layout: Json) -> Figure:
     return plain
 
 
-def _axis(title: str, **more: Any) -> Json:
+def axis(title: str, **more: Any) -> Json:
     return {
         "title": {"text": inert(title), "standoff": 8, "font": {"size": 12, "color": colour("muted")}},
         "gridcolor": colour("grid"), "linecolor": colour("line"), "zerolinecolor": colour("line"),
@@ -119,7 +119,7 @@ def _axis(title: str, **more: Any) -> Json:
     }  # fmt: skip
 
 
-def _whiskers(estimates: Sequence[view.Estimate], factor: float, ink: str) -> Json:
+def whiskers(estimates: Sequence[view.Estimate], factor: float, ink: str) -> Json:
     above = [factor * max(e.high - e.value, 0.0) if math.isfinite(e.high) else NAN for e in estimates]
     below = [factor * max(e.value - e.low, 0.0) if math.isfinite(e.low) else NAN for e in estimates]
     known = any(math.isfinite(a) for a in above)
@@ -132,7 +132,7 @@ def _point_hover(name: str, key: Key, point: Json, shown: Shown) -> str:
     word = view.verdict_of(point)
     seed = view.seed_value(point, shown.key)
     span, room = (units.interval(e.low, e.high, shown.show) for e in (was, theory))
-    return _hover(
+    return tooltip(
         [
             ", ".join(filter(None, (name, view.key_label(key, full=True)))),
             f"measured {shown.show(was.value)}" + (f" (95 % interval {span})" if span else ""),
@@ -158,7 +158,7 @@ def _bar(name: str, x: list[float], width: float, estimates: Sequence[view.Estim
     return {
         "type": "bar", "name": inert(name), "x": x, "width": width * 0.94,
         "y": [factor * e.value for e in estimates], "marker": marker, "hoverinfo": "text", "hovertext": hover,
-        "error_y": _whiskers(estimates, factor, colour("ink") if solid else ink),
+        "error_y": whiskers(estimates, factor, colour("ink") if solid else ink),
     }  # fmt: skip
 
 
@@ -207,10 +207,10 @@ def versus(runs: Sequence[RunView], shown: Shown) -> Figure | None:
             slot += 1
     data = [trace for trace in data if any(math.isfinite(v) for v in trace["y"])]
     margin = max(0.5, (3 - len(keys)) / 2)  # one batch size is a bar, not a wall
-    across = _axis(view.load_word(runs), tickvals=list(range(len(keys))), ticktext=[view.key_label(k) for k in keys],
+    across = axis(view.load_word(runs), tickvals=list(range(len(keys))), ticktext=[view.key_label(k) for k in keys],
                    range=[-margin, len(keys) - 1 + margin], showgrid=False, zeroline=False)  # fmt: skip
-    return _figure(
-        data, {"xaxis": across, "yaxis": _axis(title, rangemode="tozero"), "barmode": "overlay", "showlegend": alone}
+    return figure_of(
+        data, {"xaxis": across, "yaxis": axis(title, rangemode="tozero"), "barmode": "overlay", "showlegend": alone}
     )
 
 
@@ -296,7 +296,7 @@ def _roofs(plane: Json, name: str, ink: str, wall: float, alone: bool) -> list[J
             traces.append({
                 "type": "scatter", "mode": "lines", "name": inert(title + (f", {name}" if name else "")),
                 "x": [b for b, _ in pairs], "y": [r for _, r in pairs], "hoverinfo": "text",
-                "hovertext": [_hover([name, title, f"batch {units.number(b)}: {units.rate(r, 'tokens')}"]) for b, r in pairs],
+                "hovertext": [tooltip([name, title, f"batch {units.number(b)}: {units.rate(r, 'tokens')}"]) for b, r in pairs],
                 "line": {"color": ink, "width": width, "dash": dash},
             })  # fmt: skip
     return traces
@@ -315,7 +315,7 @@ def _plane_points(name: str, run: RunView, ink: str) -> Json:
             )
             hover = [name, f"asked: {view.key_label(key, full=True)}", known, f"measured {units.rate(y, 'tokens')}",
                      f"{view.VERDICTS[word]} {word}", view.failures(point)]  # fmt: skip
-            rows.append((x, y, word, _hover(hover)))
+            rows.append((x, y, word, tooltip(hover)))
     return {
         "type": "scatter", "mode": "lines+markers", "name": inert("Measured" + (f", {name}" if name else "")),
         "x": [r[0] for r in rows], "y": [r[1] for r in rows], "hoverinfo": "text", "hovertext": [r[3] for r in rows],
@@ -343,12 +343,12 @@ def plane(runs: Sequence[RunView]) -> Figure | None:
     first = next((k for k, entry in enumerate(planes) if entry), None)  # regions are one run's: they may differ
     ridge, wall = (view.num(planes[first], "ridge_batch"), walls[first]) if first is not None else (NAN, NAN)
     parts = _parts(x0, x1, ridge, wall)
-    across = _axis("Batch size, as really run", type="log", dtick="D2", showgrid=False,
+    across = axis("Batch size, as really run", type="log", dtick="D2", showgrid=False,
                    range=[math.log10(x0), math.log10(x1)])  # fmt: skip
-    up = _axis("output tokens/s", type="log", dtick="D2")
+    up = axis("output tokens/s", type="log", dtick="D2")
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.17, "yanchor": "top", "font": {"size": 11.5},
               "itemclick": False, "itemdoubleclick": False}  # fmt: skip
-    return _figure(data, {"xaxis": across, "yaxis": up, "shapes": _shapes(parts), "legend": legend, "showlegend": alone,
+    return figure_of(data, {"xaxis": across, "yaxis": up, "shapes": _shapes(parts), "legend": legend, "showlegend": alone,
                           "annotations": _notes(parts, ridge, wall), "margin": {"l": 56, "r": 10, "t": 26, "b": 46}})  # fmt: skip
 
 

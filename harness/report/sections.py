@@ -1,0 +1,35 @@
+"""The sections of the report, in the order of a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from harness.report import against, compare_section, glossary, provenance, tables, trend, verdict, view
+from harness.report.section import Section
+from harness.report.view import RunView
+
+
+def _figures(runs: Sequence[RunView]) -> dict[str, Any]:
+    measured = any(view.points(run) for run in runs)
+    return {"tables": [tables.figures_table(runs), *tables.definitions_tables(runs)] if measured else []}
+
+
+def _starts(runs: Sequence[RunView]) -> list[tuple[str, list[tables.Stage], str]]:
+    named = zip(view.labels(runs), runs, strict=True)
+    return [(name, tables.stages(run), tables.load_sentence(run)) for name, run in named]
+
+
+SECTIONS = (
+    Section("verdict", "Verdict", "verdict", verdict.section),
+    Section("compare", "Comparison", "compared", compare_section.section),
+    Section("versus", "Predicted versus measured", "charts", against.versus),
+    Section("plane", "Throughput over batch size", "charts", against.plane),
+    Section("trend", "History", "charts", trend.section),
+    Section("figures", "Every figure", "tables", _figures),
+    Section("time", "Where the time goes", "time", against.time),
+    Section("start", "Engine start", "starts", _starts),
+    Section("findings", "Validity findings", "findings", tables.findings),
+    Section("repeat", "How to reproduce", "repeat", provenance.section),
+    Section("glossary", "Glossary", "glossary", glossary.section),
+)
