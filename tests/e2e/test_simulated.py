@@ -210,10 +210,8 @@ def test_errors_are_counted_by_class_and_set_the_exit_code(simulated: Callable[.
     assert found["points"][0]["verdict"] == "invalid" and found["points"][0]["ttft_ms"]["mean"] is None
 
 
-def test_help_and_version_are_quick_and_plain(tmp_path: Path) -> None:
-    """In a Python of its own, as a user starts it."""
+def test_help_and_version_are_quick_and_plain(ridgeline_anew: Run) -> None:
     for arguments in (["run", "--help"], ["--version"]):
-        done = subprocess.run([sys.executable, "-m", "harness", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-        assert done.stdout and not done.stderr
+        done = ridgeline_anew(*arguments)
+        assert done.returncode == 0 and done.stdout and not done.stderr
     assert "ridgeline 0." in done.stdout
