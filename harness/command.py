@@ -64,11 +64,11 @@ def _read(path: Path | None) -> tuple[dict[str, Any], Places]:
 
 
 def _laid(base: Mapping[str, Any], places: Places, flags: Mapping[str, Any]) -> Scenario:
-    from harness import preflight
+    from harness import named
 
     laid = dataclasses.replace(places, options=frozenset(_paths(_over({}, flags))))
     scenario = validate(_over(base, flags), places.where, laid)
-    preflight.named(scenario)
+    named.check(scenario)
     return scenario
 
 
@@ -415,7 +415,8 @@ def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
         )
         figures = [units.seconds(p[name]["mean"], 3) for name in ("ttft_s", "itl_s", "e2e_s")]
         lines.append(f"{label:>14} {figures[0]:>10} {figures[1]:>10} {figures[2]:>10} "
-                     f"{units.number(p['output_tokens_per_s'], 3):>9} {itl:>10} {ratio:>6} {p['errors']:>4}/{p['requests']:<4}  {p['verdict']}")  # fmt: skip
+                     f"{units.number(p['output_tokens_per_s'], 3):>9} {itl:>10} {ratio:>6} {p['errors']:>4}/{p['requests']:<4}  {p['verdict']}"
+                     + (f", {p['not_sent']} of {p['planned']} not sent" if p.get("not_sent") else ""))  # fmt: skip
     worst = [f for p in found["points"] for f in p["findings"] if f["severity"] == p["verdict"] != "valid"] + found[
         "findings"
     ]

@@ -95,6 +95,12 @@ def counts_of(workload: Workload, point: Point) -> tuple[int, int | None]:
     return warm, max(1, math.ceil(point.rate * workload.duration_s)) * workload.turns if point.rate else None
 
 
+def planned(workload: Workload, point: Point) -> int | None:
+    """Measured requests of all trials of a point; None where that is not known before."""
+    measured = counts_of(workload, point)[1]
+    return None if measured is None or workload.precision else measured * workload.trials
+
+
 def prompts_needed(workload: Workload) -> int | None:
     """Requests of the whole run; None where that is not known before."""
     counts = [counts_of(workload, point) for point in points_of(workload)]

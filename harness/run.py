@@ -34,7 +34,7 @@ from harness import (
 )  # fmt: skip
 from harness.client import Client
 from harness.loadgen import Timers
-from harness.plan import asks_of, points_of, prompts_needed
+from harness.plan import asks_of, planned, points_of, prompts_needed
 from harness.progress import Progress
 from harness.recording import Recorder
 from harness.records import RidgelineError
@@ -72,7 +72,11 @@ def provenance(scenario: Scenario, command: list[str]) -> dict[str, Any]:
         "scenario": scenario.model_dump(mode="json", by_alias=True),
         "seed": scenario.workload.seed,
         "transport": scenario.workload.transport,
-        "points": [] if scenario.capacity else [point.as_dict() for point in points_of(scenario.workload)],
+        "points": []
+        if scenario.capacity
+        else [
+            point.as_dict() | {"planned": planned(scenario.workload, point)} for point in points_of(scenario.workload)
+        ],
         "machine": machine.describe(),
         "selftest": selftest.kept(),
         "python": platform.python_version(),

@@ -54,7 +54,8 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
             continue
         if not tally.requests and not plan.get("imported"):
             continue
-        row = {"point": index} | plan | tally.row()
+        row = {"point": index, "planned": None} | plan | tally.row()
+        row["not_sent"] = max(0, row["planned"] - row["requests"]) if row["planned"] is not None else None
         if plan.get("imported"):
             row = _imported(row, plan["imported"])
         felt = [e["senses"] for e in events if e.get("event") == "trial_end" and e["point"] == index]
@@ -70,7 +71,8 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
             row["objective"] = edge.objective(tables[index], slo.upper(scenario["slo"]), workload["mode"])
         row["findings"] = [dataclasses.asdict(f) for f in findings]
         points.append(row)
-    findings = _run_findings(run, state, notes, model, hardware)
+    ended = sum(tally.requests for tally in tallies.values())
+    findings = _run_findings(run, state, ended, notes, model, hardware)
     findings += [] if run.get("imported") else checks.absent_senses(server.senses(samples))
     best = _best(points)
     worth = _worth(run, hardware)
@@ -93,13 +95,15 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         "plane": _plane(workload, points, asked, model, hardware),
         "worth": worth,
         "levers": _levers(best, workload, asked, model, hardware),
-        "detail": detail.build(tallies, blocks, best["point"] if best else None, limits),
+        "detail": detail.build(
+            tallies, blocks, best["point"] if best else points[-1]["point"] if points else None, limits
+        ),
     }
     if searched:
-        ended = "stopped" if state != "complete" else (run.get("capacity") or {}).get("ended", "stopped")
+        ended_by = "stopped" if state != "complete" else (run.get("capacity") or {}).get("ended", "stopped")
         goal = Goal(workload["mode"], 1.0, max_failed=scenario["limits"]["max_error_rate"])
         finished = {e["point"] for e in events if e.get("event") == "trial_end" and not e.get("stopped")}
-        summary["capacity"] = capacity_answer.answer(points, run["points"], finished, scenario["slo"], goal, ended)
+        summary["capacity"] = capacity_answer.answer(points, run["points"], finished, scenario["slo"], goal, ended_by)
         return summary | {"verdict_sentence": f"{summary['capacity']['sentence']}{_doubts(points)}"}
     return summary | {"verdict_sentence": sentence(summary)}
 
@@ -257,12 +261,17 @@ def _start(run: Mapping[str, Any], model: Model | None) -> dict[str, Any] | None
     return {"stages": stages, "weight_bytes": weights, "disk_bytes_per_s": disk, "predicted_load_s": predicted}
 
 
-def _run_findings(run: Mapping[str, Any], state: str, notes: Sequence[str], model: Model | None,
+def _of_planned(run: Mapping[str, Any], ended: int) -> str:
+    planned = [point.get("planned") for point in run["points"]]
+    return "" if None in planned else f"; {units.count(sum(planned))} requests were planned, {units.count(ended)} ended"
+
+
+def _run_findings(run: Mapping[str, Any], state: str, ended: int, notes: Sequence[str], model: Model | None,
                   hardware: Hardware | None) -> list[Finding]:  # fmt: skip
     found = []
     if state != "complete":
         said = "was interrupted" if state == "interrupted" else "did not end: it was killed or is still going on"
-        found.append(Finding("R001", "suspect", f"the run {said}", "points may be missing or have fewer requests than planned",
+        found.append(Finding("R001", "suspect", f"the run {said}{_of_planned(run, ended)}", "points may be missing or have fewer requests than planned",
                              "run it again for figures to be quoted"))  # fmt: skip
     for note in notes:
         found.append(
