@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -332,3 +334,27 @@ def test_the_time_line_does_not_depend_on_how_the_records_are_cut() -> None:
     assert parts == pytest.approx(whole)
     direct = [(weight * (np.minimum(ended, edge) - np.minimum(begun, edge))).sum() for edge in edges]
     assert whole == pytest.approx(direct)
+
+
+# --- on the command line ------------------------------------------------------------------------------------------
+
+
+def test_an_objective_and_a_price_given_with_the_report_stay_with_the_run(
+    simulated: Callable[..., str], ridgeline: Callable[..., Any], tmp_path: Path
+) -> None:
+    url = simulated("--ttft-base", "5ms", "--itl-base", "2ms", "--slots", "4")
+    done = ridgeline("run", "--url", url, "--batch-sizes", "1,2", "--requests", "20", "--trials", "2", "--input-tokens", "32", "--output-tokens", "8",
+                     "--slo", "itl_p50=1s", "--hardware", "H100-SXM", "--model-config", "Llama-3.1-8B", "--out", "run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["worth"]["slo"] == "itl_p50=1s"
+    done = ridgeline("report", "run", "--slo", "itl_p50=1ms,ttft_p50=1s", "--price", "3.6/h", "-o", "page.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert "ITL p50 ≤ 1 ms and TTFT p50 ≤ 1 s" in page and "$3.60/h (as given)" in page
+    again = ridgeline("report", "run", "-o", "again.html")
+    assert again.returncode == 0 and (tmp_path / "again.html").read_text() == page
+    verified = ridgeline("verify", "run")  # from the journal, where the report was made from the columns
+    assert verified.returncode == 0, verified.stderr
+    for flags, said in ((["--slo", "speed=1"], "speed"), (["--price", "cheap"], "expected US dollars")):
+        wrong = ridgeline("report", "run", *flags)
+        assert wrong.returncode == 2 and said in wrong.stderr and "Traceback" not in wrong.stderr
