@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import detail, prices, units
+from harness import checks, detail, prices, units
 from harness.metrics import METRICS
 from harness.records import RidgelineError
-from harness.report import capacity, corrections, decision, glossary, limits, ratio, roofline, view
+from harness.report import capacity, corrections, decision, glossary, limits, ratio, roofline, validity, view
 from harness.report.page import RunView, render
 from harness.report.section import Charts
 from harness.report.sections import SECTIONS
@@ -225,6 +225,16 @@ def test_the_ledger_quotes_the_articles_beside_the_correction(run: RunView) -> N
     )  # 2 x parameters x prompt tokens x batch / peak
     assert rows[view.marked((0, 8.0, 0), view.points(run)[1], full=True)][1].text == units.seconds(seed)
     assert corrections.section([samples.without_theory()]) is None
+
+
+def test_every_check_has_a_row_and_every_finding_its_sign() -> None:
+    source = (Path(checks.__file__)).read_text("utf-8")
+    assert set(validity.ASKED) == set(re.findall(r'Finding\("(V\d+)"', source))
+    table = validity.checks_table([samples.sample()])
+    assert table
+    signs = {row[0].small: [cell.text for cell in row[1:]] for row in table.body}
+    assert signs["V003"] == ["✓", "✓", "▲ suspect", "▲ suspect"]
+    assert signs["V012"] == ["✓"] * 4
 
 
 def test_every_metric_is_in_the_glossary() -> None:
