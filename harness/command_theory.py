@@ -24,6 +24,8 @@ from harness.theory import predict as sentences
 from harness.theory import validate as holding
 from harness.theory.calibration import Calibration, from_dict
 from harness.theory.hardware import Hardware, from_row
+from harness.theory.memory import kv_capacity, kv_space_bytes
+from harness.theory.roofline import Room
 from harness.theory.sweep import Sweep, sweep
 
 MOST = 200_000  # points of one call
@@ -50,6 +52,12 @@ class Asked:
     input_tokens: list[int]
     output_tokens: list[int]
     tp: list[int]
+    room: Room
+
+
+def room(share: float, batched_tokens: int, kv_space: str | None) -> Room:
+    """What an engine is told of memory; `kv_space` with its unit."""
+    return Room(share, batched_tokens, units.parse(kv_space, "bytes", "--kv-space") if kv_space else math.nan)
 
 
 def predict(asked: Asked, as_json: bool, page: Path | None = None, words: Sequence[str] = ()) -> str:
@@ -81,7 +89,8 @@ def _sweeps(asked: Asked) -> Iterator[Part]:
         try:
             found = sweep(model, row, batch=batch, input_tokens=i, output_tokens=o, dtype=dtype, kv_dtype=asked.kv_dtype,
                           tp=tp, pp=asked.pp, dp=max(1, asked.ep // tp), mode=asked.mode, rate=rate,
-                          framework=asked.framework, cached_share=asked.prefix_share, draft=draft, calibration=calibration)  # fmt: skip
+                          framework=asked.framework, cached_share=asked.prefix_share, draft=draft, calibration=calibration,
+                          room=asked.room)  # fmt: skip
             yield Part(row, dtype, tp, rate, found, "")
         except RidgelineError as problem:
             if len(rows) * len(asked.dtype) * len(asked.tp) == 1:
@@ -108,6 +117,8 @@ def _predict_json(found: list[Part]) -> str:
             parts.append(head | {"reason": part.reason, "points": []})
             continue
         points = list(_explained(part, part.sweep) if explained else _brief(part.sweep))
+        tokens, block = kv_capacity(part.sweep.setup)
+        head |= {"kv_cache": {"bytes": kv_space_bytes(part.sweep.setup), "tokens": tokens, "block_tokens": block}}
         parts.append(head | {"model": part.sweep.setup.model.name, "mode": part.sweep.mode, "points": points})
     return orjson.dumps({"schema": 1, "predictions": parts}).decode()  # NaN becomes null
 
@@ -145,6 +156,7 @@ def _predict_text(asked: Asked, found: list[Part]) -> str:
     lines = [f"{'hardware':<18} {'dtype':>5} {'tp':>2} {'batch':>5} {'in':>6} {'out':>6} {'TTFT':>9} {'ITL':>9} {'E2E':>9} "
              f"{'tokens/s':>9} {'90 % of ITL':>19}  limit"]  # fmt: skip
     notes: dict[str, None] = {}
+    capacity: dict[str, str] = {}
     for part in found:
         head = f"{part.hardware.name:<18} {part.dtype:>5} {part.tp:>2}"
         if part.sweep is None:
@@ -152,6 +164,9 @@ def _predict_text(asked: Asked, found: list[Part]) -> str:
             continue
         notes |= dict.fromkeys(part.sweep.setup.notes)
         lines += [f"{head} {_line(part, at)}" for at in range(len(part.sweep))]
+        tokens, block = kv_capacity(part.sweep.setup)
+        capacity[f"{part.hardware.name} {part.dtype} tp {part.tp}"] = f"{tokens:,} tokens (blocks of {block})"
+    lines += ["", *(f"KV cache of {name}: {held}" for name, held in capacity.items())]
     calibrated = f", calibrated by {asked.calibration}" if asked.calibration else ""
     framework = next((p.sweep.setup.framework.name for p in found if p.sweep), "generic")
     lines += ["", f"{asked.model}, {asked.mode}, framework {framework}{calibrated}; --json says why of each"]

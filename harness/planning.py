@@ -23,6 +23,7 @@ from harness.theory import design, memory, tails
 from harness.theory.calibration import Calibration
 from harness.theory.dtypes import WHOLE
 from harness.theory.hardware import Hardware
+from harness.theory.roofline import Room
 from harness.theory.shape import Model
 from harness.theory.sweep import Sweep, limit_of, sweep
 
@@ -290,7 +291,7 @@ def _in_flight(way: Way, rate: float) -> float:
 
 
 def _unfit(model: Model, hardware: Hardware, dtype: str, tp: int) -> str:
-    has = memory.usable_bytes(hardware) * tp * memory.MEMORY_SHARE
+    has = memory.usable_bytes(hardware) * tp * Room().share
     return f"{model.weight_bytes(dtype) / 1e9:.1f} GB of weights, {has / 1e9:.1f} GB that an engine can use"
 
 

@@ -26,6 +26,9 @@ CHROMIUM = next(
 FLAGS = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--no-first-run", "--no-sandbox"]  # fmt: skip
 
+# Every section but those of several runs and of a history.
+RECORDED = samples.recorded(slo="ttft_p50=1s,itl_p50=8ms", price="3/h")
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -76,7 +79,8 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_charts_are_drawn_in_silence(show: Any, scheme: str) -> None:
-    opened = show([samples.sample()], color_scheme=scheme)
+    opened = show([RECORDED], color_scheme=scheme)
+    assert len(SECTIONS) - 2 <= opened.page.locator("main > section").count()  # without several runs and a history
     assert opened.drawn() == opened.page.locator(".chart").count() >= len(CHARTS)
     assert (opened.said, opened.asked) == ([], [])
     text = "rgb(27, 31, 36)" if scheme == "light" else "rgb(231, 233, 236)"
@@ -86,8 +90,8 @@ def test_all_charts_are_drawn_in_silence(show: Any, scheme: str) -> None:
 
 @pytest.mark.parametrize(
     "runs",
-    [[samples.sample()], [samples.sample(), samples.batches(12)], [samples.open_loop()], [samples.empty()], [samples.hostile()]],
-    ids=["sample", "two runs", "open loop", "empty", "hostile"],
+    [[samples.sample()], [RECORDED], [samples.sample(), samples.batches(12)], [samples.open_loop()], [samples.empty()], [samples.hostile()]],
+    ids=["sample", "recorded", "two runs", "open loop", "empty", "hostile"],
 )  # fmt: skip
 def test_a_phone_scrolls_no_page_sideways(show: Any, runs: list[RunView]) -> None:
     opened = show(runs, width=360, height=740)
@@ -111,8 +115,9 @@ def test_each_text_of_the_corpus_in_each_field_executes_nothing(show: Any) -> No
     inert(show([samples.corpus(first) for first in range(len(samples.CORPUS))], bypass_csp=True))
 
 
-def test_a_corpus_of_texts_executes_nothing(show: Any) -> None:
-    inert(show([samples.corpus(0)], bypass_csp=True))
+@pytest.mark.parametrize("view", [None, RECORDED], ids=["sample", "recorded"])
+def test_a_corpus_of_texts_executes_nothing(show: Any, view: RunView | None) -> None:
+    inert(show([samples.corpus(0, view)], bypass_csp=True))
 
 
 def test_a_hostile_run_on_disk_executes_nothing(
@@ -223,9 +228,7 @@ def test_paper_gets_every_section_chart_and_table_in_light(show: Any, tmp_path: 
     assert opened.said == []
 
 
-@pytest.mark.parametrize(
-    "runs", [[samples.sample()], [samples.sample(), samples.batches(3)]], ids=["one run", "two runs"]
-)
+@pytest.mark.parametrize("runs", [[RECORDED], [samples.sample(), samples.batches(3)]], ids=["one run", "two runs"])
 def test_the_printed_pages_show_every_section_and_table(show: Any, tmp_path: Path, runs: list[RunView]) -> None:
     pypdf = pytest.importorskip("pypdf", reason="pypdf is not installed")
     opened = show(runs, color_scheme="dark")
@@ -252,7 +255,7 @@ TWO = [samples.sample(), samples.batches(3)]
 @pytest.mark.parametrize(
     ("runs", "scheme", "width"),
     [
-        (TWO, "light", 1280), (TWO, "dark", 360), ([samples.sample()], "dark", 1280),
+        (TWO, "light", 1280), (TWO, "dark", 360), ([RECORDED], "dark", 1280),
         pytest.param([samples.sample()], "light", 360, marks=pytest.mark.full),
         pytest.param([samples.hostile()], "light", 1280, marks=pytest.mark.full),
         pytest.param([samples.empty()], "dark", 1280, marks=pytest.mark.full),

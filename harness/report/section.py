@@ -23,15 +23,18 @@ class Block:
     table: Table
     figure: Figure | None = None
     missing: str = "Nothing to draw: no value was measured or predicted."
+    high: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Charts:
-    """The content of a section of charts: side by side, or `tall` ones beneath each other.  `otherwise` is said where
-    there is none."""
+    """The content of a section of charts: side by side, `stacked` beneath each other, or `tall` ones.  `otherwise` is
+    said where there is none."""
 
     blocks: list[Block]
     tall: bool = False
+    stacked: bool = False
     notices: list[str] = field(default_factory=list)
     legend: list[tuple[int, str]] = field(default_factory=list)
     otherwise: str = ""
