@@ -13,7 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from harness import __version__, redaction
+from harness.cli_capacity import app as capacity_app
 from harness.cli_gate import app as gate_app
+from harness.cli_plan import app as plan_app
 from harness.records import RidgelineError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -23,6 +25,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 config_app = typer.Typer(no_args_is_help=True, help="Scenario files: a schema for editors, and one to start from.")
 app.add_typer(config_app, name="config")
 app.add_typer(gate_app)
+app.add_typer(capacity_app)
+app.add_typer(plan_app)
 
 
 def _version(value: bool) -> None:
@@ -92,6 +96,8 @@ def run(
     kv_dtype: Annotated[str | None, typer.Option(help="Precision of the KV cache.")] = None,
     tp: Annotated[int | None, typer.Option(help="Accelerators that share each layer.")] = None,
     calibration: Annotated[str | None, typer.Option(help="A file of `ridgeline calibrate` to predict with.")] = None,
+    slo: Annotated[str | None, typer.Option(help="What must be met: ttft_p95=500ms,itl_p95=50ms.")] = None,
+    price: Annotated[str | None, typer.Option(help="US dollars for an hour of one accelerator: 1.2/h.")] = None,
     workers: Annotated[str | None, typer.Option(help="Processes to shard the load over; auto: one a core.")] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to shard over; local starts one.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the key.")] = None,
@@ -144,6 +150,7 @@ def run(
         "model": model,
         "tokenizer": tokenizer,
         "api_key_env": api_key_env, "api_key_file": api_key_file,
+        "slo": slo, "price": price,
         "report": report_path,
         "workload": {
             "batch_sizes": _list(batch_sizes, int, "--batch-sizes"), **arrivals_of(rate or ""),
@@ -189,8 +196,14 @@ def run(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The page; default: report.html in the first folder.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The file; default: report.html in the first folder, or stdout for md and json."
+        ),
     ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="html; md: for a pull request or an issue; json: for machines.")
+    ] = "html",
     hardware: Annotated[str | None, typer.Option(help="Predict for this row instead of the run's own.")] = None,
     model_config: Annotated[str | None, typer.Option(help="Model configuration, instead of the run's own.")] = None,
     calibration: Annotated[str | None, typer.Option(help="A file of `ridgeline calibrate` to predict with.")] = None,
@@ -198,12 +211,13 @@ def report(
         str | None, typer.Option(help="Show the figures under another tool's formulas too: `ridgeline definitions`.")
     ] = None,
     history: Annotated[Path | None, typer.Option(help="Show how figures went: a file of `ridgeline history`.")] = None,
+    slo: Annotated[str | None, typer.Option(help="What must be met, instead of the run's own.")] = None,
+    price: Annotated[str | None, typer.Option(help="US dollars for an hour of one accelerator: 1.2/h.")] = None,
 ) -> None:
-    """Write the page of one run, or of several side by side; rebuilt from the records on disk."""
+    """Write the report of one run, or of several held against the first; rebuilt from the records on disk."""
     from harness import command
 
-    page = out or runs[0] / "report.html"
-    typer.echo(command.report(runs, page, hardware, model_config, definitions, calibration, history))
+    typer.echo(command.report(runs, out, hardware, model_config, definitions, calibration, history, slo, price, form))
 
 
 @app.command("import")
@@ -289,6 +303,7 @@ def predict(
     draft_tokens: Annotated[int, typer.Option(help="Tokens that it proposes at a time.")] = 3,
     acceptance: Annotated[float, typer.Option(help="Share of its tokens that are accepted.")] = 0.7,
     calibration: Annotated[Path | None, typer.Option(help="A file of `ridgeline calibrate`.")] = None,
+    page: Annotated[Path | None, typer.Option("--report", help="Write it as a page, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict before any server is started or hardware bought: a row for each combination."""
@@ -300,19 +315,20 @@ def predict(
     asked = theory.Asked(model, hardware.split(","), dtype.split(","), kv_dtype, pp, ep, mode if rate is None else "open",
                          _list(rate, float, "--rate"), framework, prefix_share, calibration,
                          (draft_model, draft_tokens, acceptance) if draft_model else None, **numbers, room=room)  # fmt: skip
-    typer.echo(theory.predict(asked, as_json))
+    typer.echo(theory.predict(asked, as_json, page, ["ridgeline", *sys.argv[1:]]))
 
 
 @app.command()
 def calibrate(
     source: Annotated[Path, typer.Argument(help="A run folder, or a table (CSV) of measured cells.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The calibration, for --calibration.")],
+    batch_sizes: Annotated[str | None, typer.Option(help="Fit to the cells of these only: 1,2.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the calibration as JSON.")] = False,
 ) -> None:
     """Fit a handful of efficiency factors to at most ten measured cells, and name the next cell to measure."""
     from harness import command_theory as theory
 
-    typer.echo(theory.calibrate(source, out, as_json))
+    typer.echo(theory.calibrate(source, out, _list(batch_sizes, int, "--batch-sizes"), as_json))
 
 
 @app.command()

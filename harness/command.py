@@ -14,32 +14,71 @@ from typing import Any
 
 import numpy as np
 
-from harness import redaction, store, summary, units
+from harness import baseline, capacity_answer, redaction, store, summary, units
 from harness.progress import Progress
 from harness.records import RidgelineError, Table
-from harness.scenario import MAX_BYTES, Scenario, load, validate
+from harness.scenario import SEARCHED, Places, Scenario, load, validate
 from harness.theory.calibration import from_dict
 from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict
 from harness.theory.shape import Layers, Model
+from harness.yaml_lines import MAX_BYTES
 
 RESULTS = Path("results")
+FORMS = ("html", "md", "json")
 WHOLE = ("input_tokens", "output_tokens", "rate_ramp")  # a flag replaces these, whatever the file says
 
 
 def planned(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
-    """A scenario file with the flags laid over it: a flag wins over the file."""
-    base: dict[str, Any] = {}
-    if path is not None:
-        try:
-            with path.open(encoding="utf-8-sig") as file:
-                text = file.read(MAX_BYTES + 1)  # no more: it may be a device without end
-        except (OSError, UnicodeDecodeError) as problem:
-            raise RidgelineError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
-        base = load(text, str(path)).model_dump(mode="json", by_alias=True, exclude_unset=True)
-        base.setdefault("name", path.stem)
-    merged = _over(base, flags)
-    return validate(merged, "the options" if path is None else f"{path} with the options")
+    """A scenario file with the flags laid over it: a flag wins over the file.  What it names is there."""
+    return _laid(*_read(path), flags)
+
+
+def searching(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
+    """The scenario of `find-capacity`: a file, but for what the search chooses itself, with the flags laid over it; closed
+    loop where neither says otherwise."""
+    base, places = _read(path)
+    if not (flags["slo"] or base.get("slo")):
+        raise RidgelineError("--slo: names no objective; give one such as ttft_p95=500ms,itl_p95=50ms")
+    load = {key: value for key, value in base.get("workload", {}).items() if key not in SEARCHED}
+    load["mode"] = flags["workload"]["mode"] or (load.get("mode", "closed") if load.get("mode") != "wave" else "closed")
+    if load["mode"] == "open":
+        load["rates"] = [1.0]  # a workload needs one; the search has its own
+    base = {"name": "capacity", "capacity": {}} | base | {"workload": load}
+    return _laid({key: value for key, value in base.items() if key not in ("variants", "interleave")}, places, flags)
+
+
+def _read(path: Path | None) -> tuple[dict[str, Any], Places]:
+    """What a scenario file sets, and where; nothing of no file."""
+    if path is None:
+        return {}, Places("the options")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_BYTES + 1)  # no more: it may be a device without end
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RidgelineError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
+    found = load(text, str(path))
+    base = found.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    base.setdefault("name", path.stem)
+    return base, found.places
+
+
+def _laid(base: Mapping[str, Any], places: Places, flags: Mapping[str, Any]) -> Scenario:
+    from harness import named
+
+    laid = dataclasses.replace(places, options=frozenset(_paths(_over({}, flags))))
+    scenario = validate(_over(base, flags), places.where, laid)
+    named.check(scenario)
+    return scenario
+
+
+def _paths(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of each value."""
+    for key, value in values.items():
+        if isinstance(value, dict) and key not in WHOLE:
+            yield from _paths(value, (*path, key))
+        else:
+            yield (*path, key)
 
 
 def _over(base: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,8 +107,12 @@ def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, qui
     """Run, summarise, report, print; returns the exit code."""
     from harness.run import play
 
-    progress = Progress(quiet)
-    outcome = event_loop(play(scenario, ["ridgeline", *sys.argv[1:]], out, RESULTS, progress, resume))
+    progress, steer = Progress(quiet), None
+    if scenario.capacity:
+        from harness.find import Search
+
+        steer = Search(scenario)
+    outcome = event_loop(play(scenario, ["ridgeline", *sys.argv[1:]], out, RESULTS, progress, resume, steer=steer))
     if outcome.at_once:
         progress.line(f"stopped at once; `ridgeline report {outcome.folder}` makes a report of what was measured")
         return int(outcome.code)
@@ -81,6 +124,8 @@ def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, qui
         print(json.dumps(store.clean(summary.public(found, str(outcome.folder))), allow_nan=False))
     else:
         print(redaction.clean(text_of(found, outcome.folder, page if with_report else None)))
+    if found.get("capacity"):
+        return outcome.code or capacity_answer.code(found["capacity"])
     return outcome.code or exit_code(found, scenario, strict)
 
 
@@ -101,7 +146,8 @@ def exit_code(found: Mapping[str, Any], scenario: Scenario, strict: bool) -> int
 
 
 def summarise(folder: Path, progress: Progress | None = None, hardware_name: str | None = None,
-              model_config: str | None = None, calibration: str | None = None) -> dict[str, Any]:  # fmt: skip
+              model_config: str | None = None, calibration: str | None = None,
+              worth: Mapping[str, str | None] | None = None) -> dict[str, Any]:  # fmt: skip
     """Compute summary.json from what is on disk.  Theory's inputs are kept in run.json, so that any machine can."""
     loaded = store.load(folder)
     theory = loaded.run["scenario"]["theory"]
@@ -111,6 +157,10 @@ def summarise(folder: Path, progress: Progress | None = None, hardware_name: str
         wanted = dict(theory) | given
         engine = {"served": loaded.run.get("model"), **(loaded.run.get("engine") or {})}
         loaded.run["theory"] = theory_inputs(wanted, engine, progress or Progress(True))
+        store.write_json(folder / store.RUN, loaded.run)
+    if told := {key: value for key, value in (worth or {}).items() if value}:
+        validate(told, "the options")
+        loaded.run["worth"] = (loaded.run.get("worth") or {}) | told
         store.write_json(folder / store.RUN, loaded.run)
     found = _summary(loaded)
     with contextlib.suppress(RidgelineError):  # a report of a folder that is not ours to write is still a report
@@ -257,9 +307,14 @@ def _hardware(
     return from_row(machine.row(working_set, progress.line))
 
 
-def report(folders: Sequence[Path], page: Path, hardware_name: str | None, model_config: str | None,
-           as_tool: str | None = None, calibration: str | None = None, past: Path | None = None) -> str:  # fmt: skip
-    found = [summarise(folder, None, hardware_name, model_config, calibration) for folder in folders]
+def report(folders: Sequence[Path], page: Path | None, hardware_name: str | None, model_config: str | None,
+           as_tool: str | None = None, calibration: str | None = None, past: Path | None = None,
+           slo: str | None = None, price: str | None = None, form: str = "html") -> str:  # fmt: skip
+    """Write the report; returns what stdout gets.  As md or json it is that itself, unless `page` names a file for it."""
+    if form not in FORMS:
+        raise RidgelineError(f"--format: got {form!r}; known: {', '.join(FORMS)}")
+    worth = {"slo": slo, "price": price}
+    found = [summarise(folder, None, hardware_name, model_config, calibration, worth) for folder in folders]
     for one, folder in zip(found, folders, strict=True):
         imported = next((str(p["imported"]["tool"]) for p in one["points"] if p.get("imported")), None)
         if name := as_tool or imported:  # what a tool printed stands beside what we make of it
@@ -268,8 +323,25 @@ def report(folders: Sequence[Path], page: Path, hardware_name: str | None, model
         from harness import command_gate
 
         found[0]["history"] = command_gate.past(past)
-    write_report(folders, found, page)
+    if form == "html":
+        page = page or folders[0] / "report.html"
+        write_report(folders, found, page)
+    else:
+        text = _text_form(folders, found, form)
+        if page is None:
+            return text.rstrip()
+        store.write_text(page, text)
     return "\n".join([*(one["verdict_sentence"] for one in found), f"report: {page}"])
+
+
+def _text_form(folders: Sequence[Path], found: Sequence[dict[str, Any]], form: str) -> str:
+    from harness.report import formats
+
+    seen = views(folders, found)
+    text = (
+        formats.markdown(seen) if form == "md" else json.dumps(store.clean(formats.data(seen)), allow_nan=False) + "\n"
+    )
+    return redaction.clean(text, len(text))
 
 
 def _compared(folder: Path, name: str) -> dict[str, Any]:
@@ -299,12 +371,22 @@ def definitions(folder: Path | None, name: str, as_json: bool) -> str:
 
 
 def write_report(folders: Sequence[Path], found: Sequence[dict[str, Any]], page: Path) -> None:
-    from harness.report.page import RunView, render
+    from harness.report.page import render
 
-    views = [
-        RunView(one, store.load(folder).run, _log_tail(folder)) for folder, one in zip(folders, found, strict=True)
-    ]
-    store.write_text(page, render(views))
+    store.write_text(page, render(views(folders, found)))
+
+
+def views(folders: Sequence[Path], found: Sequence[dict[str, Any]]) -> list[Any]:
+    """The runs as a report sees them; several also with their figures trial by trial, to be compared."""
+    from harness.report.page import RunView
+
+    seen = []
+    for folder, one in zip(folders, found, strict=True):
+        run = store.load(folder)
+        trials = baseline.figures(run.run, one, run.blocks, run.events) if len(folders) > 1 else None
+        more = {"figures": store.clean(trials)} if trials else {}
+        seen.append(RunView(one | more, run.run, _log_tail(folder)))
+    return seen
 
 
 def _log_tail(folder: Path, size: int = 4000) -> str:
@@ -318,6 +400,9 @@ def _log_tail(folder: Path, size: int = 4000) -> str:
 
 def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
     """The last lines on the terminal: verdict, table, worst finding, paths."""
+    if found.get("capacity"):
+        url = (found["engine"] or {}).get("url")
+        return capacity_answer.text(found["capacity"], str(folder), str(page) if page else None, url)
     lines = [found["verdict_sentence"], "", f"{'point':>14} {'TTFT':>10} {'ITL':>10} {'E2E':>10} {'tokens/s':>9} "
              f"{'pred. ITL':>10} {'ratio':>6} {'failed':>9}  verdict"]  # fmt: skip
     for p in found["points"]:
@@ -330,7 +415,8 @@ def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
         )
         figures = [units.seconds(p[name]["mean"], 3) for name in ("ttft_s", "itl_s", "e2e_s")]
         lines.append(f"{label:>14} {figures[0]:>10} {figures[1]:>10} {figures[2]:>10} "
-                     f"{units.number(p['output_tokens_per_s'], 3):>9} {itl:>10} {ratio:>6} {p['errors']:>4}/{p['requests']:<4}  {p['verdict']}")  # fmt: skip
+                     f"{units.number(p['output_tokens_per_s'], 3):>9} {itl:>10} {ratio:>6} {p['errors']:>4}/{p['requests']:<4}  {p['verdict']}"
+                     + (f", {p['not_sent']} of {p['planned']} not sent" if p.get("not_sent") else ""))  # fmt: skip
     worst = [f for p in found["points"] for f in p["findings"] if f["severity"] == p["verdict"] != "valid"] + found[
         "findings"
     ]
@@ -354,6 +440,11 @@ def plan_text(scenario: Scenario) -> str:
     lines = [f"{scenario.name}: {workload.mode}, {asked}, {trials}, engine {scenario.engine.kind}"]
     if scenario.variants:
         lines.append(f"  for each of {', '.join(scenario.variants)}{', in turn' if scenario.interleave else ''}:")
+    if search := scenario.capacity:
+        what = "rate" if workload.mode == "open" else "batch size"
+        lines.append(f"  a search for the highest {what} that holds {scenario.slo}: at most {search.max_points} points, "
+                     f"{units.seconds(search.max_time_s)}")  # fmt: skip
+        return "\n".join(lines)
     theory = scenario.theory.model_dump(by_alias=True)
     wants = theory["model_config"] and theory["hardware"] not in (None, "machine")
     inputs = theory_inputs(theory, {}, Progress()) if wants else None

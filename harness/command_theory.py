@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Hashable, Iterator
+import shlex
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pandas as pd
 
 from harness import models, store, units
 from harness.records import RidgelineError
+from harness.report.predict_page import Part, render
 from harness.theory import calibrate as fitting
 from harness.theory import predict as sentences
 from harness.theory import validate as holding
@@ -58,8 +60,8 @@ def room(share: float, batched_tokens: int, kv_space: str | None) -> Room:
     return Room(share, batched_tokens, units.parse(kv_space, "bytes", "--kv-space") if kv_space else math.nan)
 
 
-def predict(asked: Asked, as_json: bool) -> str:
-    """The table, or the object with every point in full."""
+def predict(asked: Asked, as_json: bool, page: Path | None = None, words: Sequence[str] = ()) -> str:
+    """The table, or the object with every point in full; with `page` the same as a page of the command `words`."""
     if asked.mode == "open" and asked.rate:
         asked = dataclasses.replace(asked, batch=[1])  # what is in flight follows from the rate
     points = len(asked.batch) * len(asked.input_tokens) * len(asked.output_tokens)
@@ -68,41 +70,35 @@ def predict(asked: Asked, as_json: bool) -> str:
     if points * len(asked.hardware) * len(asked.dtype) * len(asked.tp) * len(asked.rate or [0]) > MOST:
         raise RidgelineError(f"more than {MOST} combinations: ask for fewer at once")
     found = list(_sweeps(asked))
-    return _predict_json(found) if as_json else _predict_text(asked, found)
+    if page is not None:
+        store.write_text(page, render(found, asked.model, asked.mode, shlex.join(words)))
+    if as_json:
+        return _predict_json(found)
+    return _predict_text(asked, found) + (f"\nreport: {page}" if page is not None else "")
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    hardware: Hardware
-    dtype: str
-    tp: int
-    rate: float | None
-    sweep: Sweep | None
-    reason: str
-
-
-def _sweeps(asked: Asked) -> Iterator[_Part]:
+def _sweeps(asked: Asked) -> Iterator[Part]:
     """A sweep for each hardware, dtype, tp and rate; one that cannot be says why, if others can."""
     model = models.load(asked.model)
     calibration = calibration_of(asked.calibration) if asked.calibration else None
     draft = (models.load(asked.draft[0]), *asked.draft[1:]) if asked.draft else None
     batch, i, o = (np.array(x) for x in zip(*itertools.product(asked.batch, asked.input_tokens, asked.output_tokens), strict=True))  # fmt: skip
     rates: list[float | None] = [*asked.rate] if asked.rate else [None]
-    rows = [row for name in asked.hardware for row in _hardware(name.strip())]
+    rows = [row for name in asked.hardware for row in hardware_rows(name.strip())]
     for row, dtype, tp, rate in itertools.product(rows, asked.dtype, asked.tp, rates):
         try:
             found = sweep(model, row, batch=batch, input_tokens=i, output_tokens=o, dtype=dtype, kv_dtype=asked.kv_dtype,
                           tp=tp, pp=asked.pp, dp=max(1, asked.ep // tp), mode=asked.mode, rate=rate,
                           framework=asked.framework, cached_share=asked.prefix_share, draft=draft, calibration=calibration,
                           room=asked.room)  # fmt: skip
-            yield _Part(row, dtype, tp, rate, found, "")
+            yield Part(row, dtype, tp, rate, found, "")
         except RidgelineError as problem:
             if len(rows) * len(asked.dtype) * len(asked.tp) == 1:
                 raise
-            yield _Part(row, dtype, tp, rate, None, str(problem))
+            yield Part(row, dtype, tp, rate, None, str(problem))
 
 
-def _hardware(name: str) -> list[Hardware]:
+def hardware_rows(name: str) -> list[Hardware]:
     """Rows of this name, of a file of the user's rows, or the one of this machine."""
     if name != "machine":
         return models.hardware(name)
@@ -112,7 +108,7 @@ def _hardware(name: str) -> list[Hardware]:
     return [from_row(machine.row(None, Progress().line))]
 
 
-def _predict_json(found: list[_Part]) -> str:
+def _predict_json(found: list[Part]) -> str:
     explained = sum(len(part.sweep) for part in found if part.sweep) <= MOST_SENTENCES
     parts = []
     for part in found:
@@ -127,7 +123,7 @@ def _predict_json(found: list[_Part]) -> str:
     return orjson.dumps({"schema": 1, "predictions": parts}).decode()  # NaN becomes null
 
 
-def _explained(part: _Part, found: Sweep) -> Iterator[dict[str, Any]]:
+def _explained(part: Part, found: Sweep) -> Iterator[dict[str, Any]]:
     """Every point in full, with US dollars for a million output tokens where an hour has a price."""
     for at in range(len(found)):
         point = sentences.point(found, at)
@@ -156,7 +152,7 @@ def _brief(found: Sweep) -> Iterator[dict[str, Any]]:
         yield point
 
 
-def _predict_text(asked: Asked, found: list[_Part]) -> str:
+def _predict_text(asked: Asked, found: list[Part]) -> str:
     lines = [f"{'hardware':<18} {'dtype':>5} {'tp':>2} {'batch':>5} {'in':>6} {'out':>6} {'TTFT':>9} {'ITL':>9} {'E2E':>9} "
              f"{'tokens/s':>9} {'90 % of ITL':>19}  limit"]  # fmt: skip
     notes: dict[str, None] = {}
@@ -177,7 +173,7 @@ def _predict_text(asked: Asked, found: list[_Part]) -> str:
     return "\n".join(lines + [f"note: {note}" for note in notes])
 
 
-def _line(part: _Part, at: int) -> str:
+def _line(part: Part, at: int) -> str:
     s = part.sweep
     assert s is not None
     in_flight = s.running[at] if part.rate else s.batch[at]
@@ -209,9 +205,13 @@ def calibration_of(path: Path) -> Calibration:
         raise RidgelineError(f"calibration {path}: not JSON ({str(problem)[:100]})") from None
 
 
-def calibrate(source: Path, out: Path, as_json: bool) -> str:
-    """Fit, write the file, and say what was found."""
-    found = _of_run(source) if source.is_dir() else fitting.calibrate(_table(source), str(source))
+def calibrate(source: Path, out: Path, only: Sequence[int] | None, as_json: bool) -> str:
+    """Fit, to the cells of `only` these batch sizes where given, write the file, and say what was found."""
+    if source.is_dir():
+        found = _of_run(source, only)
+    else:
+        rows = _table(source)
+        found = fitting.calibrate(rows[rows.batch.isin(only)] if only else rows, str(source))
     store.write_json(out, found.as_dict())
     if as_json:
         return json.dumps(store.clean(found.as_dict()), allow_nan=False)
@@ -229,7 +229,7 @@ def calibrate(source: Path, out: Path, as_json: bool) -> str:
     return "\n".join([*lines, f"calibration: {out}"])
 
 
-def _of_run(folder: Path) -> Calibration:
+def _of_run(folder: Path, only: Sequence[int] | None) -> Calibration:
     from harness import command
 
     found = command.summarise(folder)
@@ -244,6 +244,7 @@ def _of_run(folder: Path) -> Calibration:
     case = holding.Case(command.model_from(inputs["model"]), from_row(inputs["hardware"]), theory["dtype"],
                         theory["kv_dtype"], theory["tp"], theory.get("pp", 1), 1, 1, framework)  # fmt: skip
     rows, mode = fitting.of_points(found["points"]), found["workload"]["mode"]
+    rows = rows[rows.batch.isin(only)] if only else rows
     return fitting.calibrate_cells(case, "wave" if mode == "wave" else "concurrency", rows, str(folder))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree as xml
 
+from harness import markdown as md
 from harness import units
 
-MARKDOWN_BYTES = 60_000  # so that it also fits a pull request's comment
 ANNOTATIONS = 10
 SIGNS = {"pass": "PASS", "fail": "FAIL", "inconclusive": "INCONCLUSIVE", "invalid": "INVALID"}
 _BARRED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # what XML 1.0 cannot hold
@@ -97,43 +97,32 @@ def markdown(found: Row) -> str:
     """For a job summary or a comment, below 60 kB: failures first, then as many rows as fit."""
     order = {"fail": 0, "inconclusive": 1, "pass": 2}
     rows = sorted(found["answers"], key=lambda row: order[row["verdict"]])
-    head = [f"### {_md(headline(found))}", "",
-            "| point | metric | baseline | now | Δ [95 % CI] | gate | MDE | verdict |",
-            "|---|---|---:|---:|---|---|---:|---|"]  # fmt: skip
-    foot = ["", *(f"- {_md(line)}" for line in footing(found))]
-    details = ["", "<details><summary>trials and p values</summary>", "",
-               "| point | metric | trials | between-trial CV | p | p (Holm) | p (permutation) |", "|---|---|---|---:|---:|---:|---:|"]  # fmt: skip
-    body = [f"| {' | '.join(_md(cell) for cell in _cells(row))} |" for row in rows]
-    more_rows = [f"| {' | '.join(_md(cell) for cell in _detail(row))} |" for row in rows]
-    return "\n".join([*_fitting([head, body, foot, details, more_rows]), "", "</details>", ""])
-
-
-def _fitting(parts: Sequence[Sequence[str]]) -> list[str]:
-    kept: list[str] = []
-    left = MARKDOWN_BYTES - 400
-    for part in parts:
-        for i, line in enumerate(part):
-            line = line if len(line) <= 2000 else line[:1997] + "..."
-            left -= len(line.encode()) + 1
-            if left < 0:
-                return [*kept, "", f"… {len(part) - i} more lines do not fit; the run folder has all"]
-            kept.append(line)
-    return kept
+    head = [f"### {md.inert(headline(found), 2000)}", ""]
+    body = md.table(
+        ("point", "metric", "baseline", "now", "Δ [95 % CI]", "gate", "MDE", "verdict"), map(_cells, rows), 2
+    )
+    foot = ["", *(f"- {md.inert(line, 1000)}" for line in footing(found))]
+    details = ["", "<details><summary>trials and p values</summary>", ""]
+    more_rows = md.table(("point", "metric", "trials", "between-trial CV", "p", "p (Holm)", "p (permutation)"),
+                         map(_detail, rows), 2)  # fmt: skip
+    return "\n".join([*md.fitting([head, body, foot, details, more_rows]), "", "</details>", ""])
 
 
 def _cells(row: Row) -> list[str]:
     verdict = f"**{row['verdict']}**" if row["verdict"] == "fail" else row["verdict"]
-    return [row["point"], row["metric"], figure(row, row["base"]), figure(row, row["new"]), change(row), allowed(row),
-            _mde(row), verdict]  # fmt: skip
+    figures = [figure(row, row["base"]), figure(row, row["new"]), change(row), allowed(row), _mde(row)]
+    return [md.inert(row["point"]), md.inert(row["metric"]), *figures, verdict]
 
 
 def _detail(row: Row) -> list[str]:
     ps = [units.number(row[name], 2) for name in ("p", "p_holm", "p_permutation")]
-    return [row["point"], row["metric"], " / ".join(map(str, row["trials"])), units.percent(row["sd"], 3), *ps]
-
-
-def _md(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")
+    return [
+        md.inert(row["point"]),
+        md.inert(row["metric"]),
+        " / ".join(map(str, row["trials"])),
+        units.percent(row["sd"], 3),
+        *ps,
+    ]
 
 
 # --- JUnit -----------------------------------------------------------------------------------------------------------

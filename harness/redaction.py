@@ -22,9 +22,9 @@ def guarded() -> tuple[str, ...]:
     return tuple(sorted(_SECRETS, key=len, reverse=True))
 
 
-def clean(text: str) -> str:
+def clean(text: str, limit: int = PRINTED_CHARS) -> str:
     """Text for a terminal or a log: no guarded secret, no control character but tab and line feed."""
-    return redacted(plain(text, limit=PRINTED_CHARS), *guarded())
+    return redacted(plain(text, limit=limit), *guarded())
 
 
 def scrubbed(value: Any) -> Any:

@@ -3,19 +3,59 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
-import re
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
-from harness import units
+from harness import units, yaml_lines
 from harness.arrivals import ARRIVALS
 from harness.endings import is_secret
 from harness.records import RidgelineError
+from harness.theory.dtypes import stated
+from harness.yaml_lines import Lines, dotted
 
-MAX_BYTES = 1_000_000
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where each key of a scenario stands.  No part of its value: two scenarios are equal wherever they were written."""
+
+    where: str = field(default="scenario", compare=False)
+    lines: Lines = field(default_factory=dict, compare=False)
+    options: frozenset[tuple[Any, ...]] = field(default=frozenset(), compare=False)  # keys that an option has set
+
+    def line_of(self, path: tuple[Any, ...]) -> str:
+        """`FILE:LINE` of the innermost key of the path that the file has, or what else has set it."""
+        if any(path[: len(key)] == key for key in self.options):
+            return "the options"
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.where}:{self.lines[path]}" if path in self.lines else self.where
+
+
+def _dtype(value: str | None) -> str | None:
+    """The name that theory computes with, for any usual spelling; None where it says nothing ("auto")."""
+    try:
+        return stated(value)
+    except RidgelineError as problem:
+        raise ValueError(str(problem)) from None
+
+
+Dtype = Annotated[str | None, AfterValidator(_dtype)]
 
 
 def _written(kind: str) -> BeforeValidator:
@@ -30,6 +70,19 @@ def _written(kind: str) -> BeforeValidator:
             raise ValueError(str(problem)) from None
 
     return BeforeValidator(read)
+
+
+def _checked(module: str, reader: str) -> AfterValidator:
+    """A text that `reader` of `module` takes, which stays as written."""
+
+    def check(value: str) -> str:
+        try:
+            getattr(importlib.import_module(module), reader)(value)  # here: it may know of scenarios itself
+        except RidgelineError as problem:
+            raise ValueError(str(problem)) from None
+        return value
+
+    return AfterValidator(check)
 
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), _written("time")]
@@ -267,9 +320,9 @@ class Theory(Part):
     """A row of the hardware table, or `machine` for this one as `ridgeline machine` measured it."""
     model_config_path: str | None = Field(default=None, alias="model_config")
     """A config.json, the folder that holds it, or a GGUF file; default: the served model's own."""
-    dtype: str | None = None
+    dtype: Dtype = None
     """Precision of the weights where the configuration does not tell (fp16, bf16, fp8, int8, int4 …)."""
-    kv_dtype: str | None = None
+    kv_dtype: Dtype = None
     """Precision of the KV cache."""
     tp: Annotated[int, Field(ge=1, le=1024)] = 1
     """Accelerators that share each layer."""
@@ -318,6 +371,23 @@ class Variant(Part):
     served_name: str | None = None
 
 
+# What a search chooses itself, point by point, or cannot have.
+SEARCHED = ("waves", "requests", "duration_s", "precision", "trace", "rate_ramp", "rate_steps", "trials", "turns", "batch_sizes",
+            "rates", "warmup")  # fmt: skip
+
+
+class Capacity(Part):
+    """A search for the highest batch size or rate that meets an objective (`ridgeline find-capacity`): the points follow
+    from it, whatever batch_sizes and rates say."""
+
+    max_points: Annotated[int, Field(ge=2, le=100, strict=True)] = 10
+    """Points that are measured at most."""
+    max_time_s: Seconds = 900.0
+    """Time that is measured at most; a point that has begun ends."""
+    start: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    """Batch size or rate to begin with; default: where theory has the edge, if it knows model and hardware, else 8 or 1/s."""
+
+
 class Scenario(Part):
     """One experiment.  The file is its documentation."""
 
@@ -338,6 +408,12 @@ class Scenario(Part):
     client: ClientPart = ClientPart()
     theory: Theory = Theory()
     limits: Limits = Limits()
+    slo: Annotated[str, _checked("harness.slo", "parse")] | None = None
+    """What the load must meet, ttft_p95=500ms,itl_p95=50ms: the report answers yes, no, or up to which load."""
+    price: Annotated[str, _checked("harness.prices", "usd_per_h")] | None = None
+    """US dollars for an hour of one accelerator, 1.2/h; default: a list price where one is known."""
+    capacity: Capacity | None = None
+    """{max_points: 10, max_time_s: 15min}: search for the highest load that holds `slo` (mode closed or open)."""
     report: str | None = None
     """Where the report goes; default: report.html in the run folder."""
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")], Variant] = {}
@@ -345,67 +421,50 @@ class Scenario(Part):
     batch sizes); the first is the base of a comparison."""
     interleave: bool = False
     """Variants take turns, one trial of all points each, in the order ABBA; servers are started anew for each."""
+    _places: Places = PrivateAttr(default_factory=Places)
+
+    @property
+    def places(self) -> Places:
+        return self._places
+
+    def at(self, *path: str) -> str:
+        """How an error names a key: `FILE:LINE: workload.batch_sizes`."""
+        return f"{self._places.line_of(path)}: {dotted(path)}"
+
+    @model_validator(mode="after")
+    def _searchable(self) -> Scenario:
+        if self.capacity is None:
+            return self
+        load, usual = self.workload, Workload()
+        if load.mode == "wave":
+            raise ValueError("workload.mode: a search needs closed (batch sizes) or open (rates); got wave")
+        try:
+            importlib.import_module("harness.slo").upper(self.slo, "slo")  # which reads what reads scenarios
+        except RidgelineError as problem:
+            raise ValueError(str(problem)) from None
+        taken = [f"workload.{key}" for key in SEARCHED[:9] if getattr(load, key) != getattr(usual, key)]
+        taken += ["client.workers"] * (self.client.workers != 1 or self.client.ray is not None)
+        taken += ["variants"] * bool(self.variants)
+        if taken:
+            raise ValueError(f"{taken[0]}: cannot go with capacity, which sets its points itself; leave it out")
+        return self
 
 
 def load(text: str, where: str = "scenario") -> Scenario:
     """Parse and validate.  Raises RidgelineError (code 2): `where:line: key: what is wrong, what is allowed`."""
-    if len(text) > MAX_BYTES:
-        raise RidgelineError(f"{where}:1: (top): {len(text):,} characters; a scenario has at most {MAX_BYTES:,}")
+    values, lines = yaml_lines.read(text, where)
+    return validate(values, where, Places(where, lines))
+
+
+def validate(values: dict[str, Any], where: str, places: Places | None = None) -> Scenario:
+    """Values -> Scenario.  `places`: where each key stands, if in a file.  Raises RidgelineError (code 2)."""
+    places = places or Places(where)
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is None:
-            raise RidgelineError(
-                f"{where}:1: (top): the file is empty; `ridgeline config init` writes one to start from"
-            )
-        lines = _lines(node, where)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
-        mark = getattr(problem, "problem_mark", None) or getattr(problem, "context_mark", None)
-        line = mark.line + 1 if mark else 1
-        said = getattr(problem, "problem", None) or str(problem).split("\n")[0]
-        raise RidgelineError(f"{where}:{line}: {_key_near(text, line)}: not valid YAML: {said}") from None
-    except RecursionError:
-        raise RidgelineError(f"{where}:1: (top): not valid YAML: nested too deeply") from None
-    except (ValueError, OverflowError) as problem:  # an impossible date, a number of a thousand digits
-        line, key = _unreadable(node)
-        raise RidgelineError(f"{where}:{line}: {key}: cannot be read: {str(problem)[:200]}") from None
-    if not isinstance(values, dict):
-        raise RidgelineError(f"{where}:1: (top): expected keys and values at the top, got {type(values).__name__}")
-    return validate(values, where, lines)
-
-
-_KEY = re.compile(r"^[\s?{,-]*([^\s:#{\[,'\"][^:#{\[,'\"]*?)\s*:(?=\s|$)")
-
-
-def _key_near(text: str, line: int) -> str:
-    """The last key that stands at this line (from 1) or above it."""
-    for above in reversed(text.split("\n")[:line]):
-        if found := _KEY.match(above):
-            return found[1][:80]
-    return "(top)"
-
-
-def _unreadable(node: Any, path: tuple[Any, ...] = ()) -> tuple[int, str]:
-    """(line, key) of the first value that YAML's own types cannot hold."""
-    pairs = [((*path, getattr(key, "value", "?")), value) for key, value in node.value] if isinstance(
-        node, yaml.MappingNode) else [((*path, i), value) for i, value in enumerate(node.value)] if isinstance(
-        node, yaml.SequenceNode) else []  # fmt: skip
-    for at, value in pairs:
-        try:
-            yaml.SafeLoader("").construct_object(value, deep=True)
-        except (ValueError, OverflowError):
-            return _unreadable(value, at)
-        except yaml.YAMLError:
-            continue
-    return node.start_mark.line + 1, _dotted(path)
-
-
-def validate(values: dict[str, Any], where: str, lines: dict[tuple[Any, ...], int] | None = None) -> Scenario:
-    try:
-        return Scenario.model_validate(values)
+        found = Scenario.model_validate(values)
     except ValidationError as problem:
-        first = problem.errors(include_url=False)[0]
-        raise RidgelineError(_explain(first, where, lines or {})) from None
+        raise RidgelineError(_explain(problem.errors(include_url=False)[0], places)) from None
+    found._places = places
+    return found
 
 
 def schema() -> str:
@@ -413,43 +472,9 @@ def schema() -> str:
     return json.dumps(Scenario.model_json_schema(by_alias=True), indent=1, sort_keys=True)
 
 
-def _lines(
-    node: Any, where: str, path: tuple[Any, ...] = (), seen: set[int] | None = None
-) -> dict[tuple[Any, ...], int]:
-    """The line of each key.  A key that stands twice is an error: YAML would silently take the last."""
-    seen = set() if seen is None else seen
-    if len(path) > 50:
-        raise RidgelineError(f"{where}:{node.start_mark.line + 1}: {_dotted(path)[:80]}: nested too deeply")
-    if id(node) in seen:  # a few lines of aliases can stand for gigabytes
-        raise RidgelineError(f"{where}:{node.start_mark.line + 1}: {_dotted(path)}: aliases (*name) are not allowed")
-    seen.add(id(node))
-    found = {path: node.start_mark.line + 1}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            at = (*path, getattr(key, "value", None) if isinstance(key, yaml.ScalarNode) else None)
-            if at in found:
-                raise RidgelineError(f"{where}:{key.start_mark.line + 1}: {_dotted(at)}: stands twice")
-            found |= _lines(value, where, at, seen)
-            found[at] = key.start_mark.line + 1
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            found |= _lines(value, where, (*path, i), seen)
-    return found
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    text = ""
-    for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f"{'.' if text else ''}{step}"
-    return text or "(top)"
-
-
-def _explain(error: Any, where: str, lines: dict[tuple[Any, ...], int]) -> str:
+def _explain(error: Any, places: Places) -> str:
     path = tuple(step for step in error["loc"] if step not in TAGS)
-    known = path
-    while known and known not in lines:
-        known = known[:-1]
-    key, value = _dotted(path), error.get("input")
+    key, value = dotted(path), error.get("input")
     said = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         said = _unknown_key(path)
@@ -458,8 +483,7 @@ def _explain(error: Any, where: str, lines: dict[tuple[Any, ...], int]) -> str:
             key, _, said = f"{key}.{said}".partition(": ")
     else:
         said = f"got {_short(value)}; {said[:1].lower()}{said[1:]}"
-    line = f":{lines[known]}" if known in lines else ""
-    return f"{where}{line}: {key}: {said}"
+    return f"{places.line_of(path)}: {key}: {said}"
 
 
 def _short(value: Any) -> str:
@@ -476,8 +500,8 @@ def _kinds(annotation: Any) -> list[Any]:
 def _unknown_key(path: tuple[Any, ...]) -> str:
     part: Any = Scenario
     for step in path[:-1]:
-        field = part.model_fields.get(step) if hasattr(part, "model_fields") else None
-        part = field.annotation if field else None
+        info = part.model_fields.get(step) if hasattr(part, "model_fields") else None
+        part = info.annotation if info else None
         part = next((kind for kind in _kinds(part) if hasattr(kind, "model_fields")), None)
     allowed = sorted(f.alias or n for n, f in part.model_fields.items()) if hasattr(part, "model_fields") else []
     near = difflib.get_close_matches(str(path[-1]), allowed, 1)
@@ -488,21 +512,21 @@ def _unknown_key(path: tuple[Any, ...]) -> str:
 def commented() -> str:
     """A scenario with every key, its default and its meaning."""
     lines = ["# A Ridgeline scenario: `ridgeline run THIS_FILE`.  Every key has a default; keep what you change."]
-    for name, field in Scenario.model_fields.items():
-        part = field.annotation
+    for name, info in Scenario.model_fields.items():
+        part = info.annotation
         if isinstance(part, type) and issubclass(part, Part):
             lines += ["", f"# {(part.__doc__ or '').strip()}", f"{name}:"]
             lines += ["  " + _commented_key(key, inner) for key, inner in part.model_fields.items()]
         else:
-            lines.append(_commented_key(name, field))
+            lines.append(_commented_key(name, info))
     return "\n".join(lines) + "\n"
 
 
-def _commented_key(name: str, field: Any) -> str:
-    default = field.get_default(call_default_factory=True)
+def _commented_key(name: str, info: Any) -> str:
+    default = info.get_default(call_default_factory=True)
     value = "" if default is None else json.dumps(default)
-    key = field.alias or name
-    return f"{'# ' if default is None else ''}{key}: {value}".rstrip() + f"  # {' '.join(field.description.split())}"
+    key = info.alias or name
+    return f"{'# ' if default is None else ''}{key}: {value}".rstrip() + f"  # {' '.join(info.description.split())}"
 
 
 def dump(scenario: Scenario) -> str:

@@ -116,11 +116,10 @@ def packed(body: bytes, coding: bytes = b"gzip", code: bytes = b"200 OK") -> byt
 
 
 def bomb(piece: bytes, times: int) -> bytes:
-    """`times` pieces in a kilobyte or so of gzip, without ever holding them."""
-    packer, out = zlib.compressobj(9, wbits=31), []
-    for _ in range(times):
-        out.append(packer.compress(piece))
-    return b"".join([*out, packer.flush()])
+    """gzip of `times` pieces, the piece packed once.  Its checksum is wrong: whoever comes to it has unpacked it all."""
+    packer = zlib.compressobj(9, wbits=31)
+    first, again = (packer.compress(piece) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    return first + again * (times - 1) + packer.flush()
 
 
 def raw_deflate(body: bytes) -> bytes:
@@ -176,6 +175,14 @@ FAULTS: tuple[Fault, ...] = (
     good("second-answer", OK + status(500, b"not asked for")),
     good("rubbish-after", OK + b"rubbish rubbish rubbish\r\n\r\n"),
     good("closes-in-silence", OK, 0.005, CLOSE),
+    good("two-boms", stream(b"\xef\xbb\xbf" * 2, *WHOLE)),
+    good("empty-data", stream(b"data\n\n", b"data: \n\n", *(part + b"data:\n\n" for part in WHOLE))),
+    good("last-chunk-in-a-comment", stream(*(part.replace(b"\n", b"\r\n") + b": 0\r\n\r\n" for part in WHOLE))),
+    good("deep-beside", stream(data(b'{"choices":[],"x":' + b"[" * 900 + b"]" * 900 + b"}"), *WHOLE)),
+    good("large-event", stream(token("x" * 900_000), *TEXT[1:], usage(), DONE)),
+    good("refusal", stream(*(delta(refusal="no ") for _ in range(7)), delta("stop", refusal="."), usage(), DONE)),
+    good("choices-of-no-kind", stream(*(data({"choices": odd}) for odd in (None, {}, [[1]], "a")), *WHOLE)),
+    good("error-false", stream(token(error=False), token(error=0), token(error=[]), *TEXT[3:], usage(), DONE)),
     good("usage-first", stream(usage(), *TEXT, DONE)),
     good("usage-continuous", stream(*(token(finish="length" if i == TOKENS else None, usage={"prompt_tokens": PROMPT_TOKENS,
          "completion_tokens": i}) for i in range(1, TOKENS + 1)), DONE)),
@@ -254,6 +261,11 @@ FAULTS: tuple[Fault, ...] = (
     Fault("byte-drip-after-3", "timeout_total", 3, three(Endless(c(b"x"), 0.05))),
     # -- too much
     Fault("endless", "runaway", -1, (HEAD, Endless(c(token()) * 50))),
+    Fault("endless-null-content", "runaway", None, (HEAD, Endless(c(delta(content=None)) * 50))),
+    Fault("endless-no-choices", "runaway", None, (HEAD, Endless(c(data({"choices": []})) * 50))),
+    Fault("endless-usage", "runaway", -1, (HEAD, Endless(c(usage()) * 50))),
+    Fault("gzip-of-many-members", "event_too_large", None, (packed(gzip.compress(b"0" * 2**16) * 3000),), "compressed"),
+    Fault("gzip-of-empty-members", "not_an_llm_response", None, (packed(gzip.compress(b"") * 40_000),)),
     Fault("endless-comments", "runaway", None, (HEAD, Endless(c(b": ping\n\n") * 100))),
     Fault("endless-blank-lines", "runaway", None, (HEAD, Endless(c(b"\n" * 4096)))),
     Fault("endless-done-in-text", "runaway", -1, (HEAD, Endless(c(token("data: [DONE]")) * 50))),
@@ -304,6 +316,9 @@ FAULTS: tuple[Fault, ...] = (
     # -- what is no completion
     Fault("html-200", "not_an_llm_response", None, (sized(b"<!doctype html><title>Welcome</title>", b"HTTP/1.1 200 OK\r\n"),)),
     Fault("empty-body", "not_an_llm_response", None, (sized(b""),)),
+    Fault("no-length-but-a-body", "not_an_llm_response", None, (sized(BODY, length=0),)),
+    Fault("no-length-and-a-body-later", "not_an_llm_response", None, (sized(b""), 0.02, BODY)),
+    Fault("json-lines", "encoding", None, (sized(b"\n".join(part[6:].strip() for part in WHOLE)),)),
     Fault("empty-chunked", "not_an_llm_response", None, (HEAD + END,)),
     Fault("blank-200", "not_an_llm_response", None, (sized(b" \r\n\r\n "),)),
     Fault("comments-only", "not_an_llm_response", None, (stream(b": ping\n\n", b": pong\n\n"),)),
@@ -324,6 +339,10 @@ FAULTS: tuple[Fault, ...] = (
     Fault("error-event-text", "server_error_in_band", 2, in_band(b"event: error\ndata: Internal Server Error\n\n")),
     Fault("error-anthropic", "server_error_in_band", 2,
           in_band(b"event: error\n" + data({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}))),
+    Fault("error-code-200", "server_error_in_band", 2, in_band(data({"error": {"code": 200, "message": "fine"}}))),
+    Fault("error-without-words", "server_error_in_band", 2, in_band(data({"error": {"message": ""}}))),
+    Fault("error-event-null", "server_error_in_band", 2, in_band(b"event: error\ndata: null\n\n")),
+    Fault("error-event-empty", "server_error_in_band", 2, in_band(b"event: error\ndata:\n\n")),
     Fault("error-typed", "server_error_in_band", 2, in_band(data({"type": "error", "message": "no"}))),
     Fault("error-framework", "server_error_in_band", 2, in_band(data({"detail": "Internal Server Error"}))),
     Fault("error-list", "server_error_in_band", 2, in_band(data({"error": ["a", {"b": 1}]}))),
@@ -337,11 +356,20 @@ FAULTS: tuple[Fault, ...] = (
     Fault("error-long-echoes-key", "http_400", None, (status(400, b"x" * 4090 + CANARY.encode() * 3),)),
     Fault("redirect-echoes-key", "redirect", None, (status(302, b"", b"Location: http://127.0.0.2/?key=" + CANARY.encode()),)),
     Fault("finish-echoes-key", "aborted_by_server", 8, (stream(*TEXT[:-1], token(finish=CANARY), usage(), DONE),)),
+    Fault("finish-abort-then-stop", "aborted_by_server", 8,
+          (stream(*TEXT[:-1], token(finish="abort"), token("", "stop"), usage(), DONE),)),
+    Fault("finish-empty", "truncated", 8, (stream(*TEXT[:-1], token(finish=""), usage(), DONE),)),
+    Fault("finish-object", "aborted_by_server", 8, (stream(*TEXT[:-1], data({"choices": [{"text": "a", "finish_reason": {"type": "stop"}}]}),
+          usage(), DONE),)),
     *(Fault(f"finish-{word}", "aborted_by_server", 8, (stream(*TEXT[:-1], token(finish=word), usage(), DONE),)) for word in
       ("abort", "error", "cancelled", "timeout", "banana")),
     Fault("finish-endless-word", "aborted_by_server", 8, (stream(*TEXT[:-1], token(finish="=" * 99_999), usage(), DONE),)),
     # -- what cannot be read
     Fault("bad-utf-8", "encoding", 7, (stream(*TEXT[:-1], data(b'{"choices":[{"text":"\xff\xfe","finish_reason":"stop"}]}'), DONE),)),
+    Fault("two-objects-in-an-event", "encoding", 7, (stream(TEXT[0].strip() + TEXT[0][6:], *TEXT[1:], DONE),)),
+    Fault("line-break-in-a-string", "encoding", 7, (stream(b'data: {"choices":[{"text":"a\ndata: b"}]}\n\n', *TEXT[1:], DONE),)),
+    Fault("overlong-utf-8", "encoding", 7, (stream(*TEXT[:-1], data(b'{"choices":[{"text":"\xc0\xaf","finish_reason":"stop"}]}'), DONE),)),
+    Fault("gzip-twice", "encoding", None, (packed(gzip.compress(gzip.compress(BODY)), b"gzip, gzip"),), "compressed"),
     Fault("bad-json", "encoding", 7, (stream(*TEXT[:-1], b"data: {half\n\n", DONE),)),
     Fault("plain-text-event", "encoding", 7, (stream(*TEXT[:-1], b"data: hello\n\n", DONE),)),
     Fault("bad-json-one-piece", "encoding", None, (sized(b'{"choices": [{"text":'),)),

@@ -54,7 +54,12 @@ def test_the_standard_is_350_in_150_out_at_batch_1_to_256() -> None:
         ("variants: {../a: {}}", "variants.../a"),
         ("name: ../../x", "name: got '../../x'"),
         ("name: a\nname: b", "f.yaml:2: name: stands twice"),
-        ("a: &x [1]\nb: *x", "aliases"),
+        ("a: &x [1]\nb: *x", "f.yaml:2: b: aliases (*name) are not allowed"),
+        ("a: &x\n  - *x", "f.yaml:2: a: aliases"),
+        ("a: 1\nb:\n  c: *nowhere", "f.yaml:3: c: aliases"),
+        ("a: &x 1\nb:\n  <<: *x", "f.yaml:3: <<: aliases"),
+        ("a:\n  b: {<<: 3}", "f.yaml:2: b: not valid YAML: expected a mapping"),
+        ("a:\n" + "".join(f"{' ' * i}- \n" for i in range(60)), "nested too deeply"),
         ("name: !!python/object/apply:os.system ['true']", "f.yaml:1: name: not valid YAML"),
         ("name: [", "f.yaml:1: name: not valid YAML"),
         ("- 1", "expected keys and values"),
@@ -75,7 +80,7 @@ def test_times_may_be_written_with_their_unit() -> None:
 def test_the_schema_knows_every_key_and_the_commented_scenario_is_valid() -> None:
     known = json.loads(scenario.schema())["properties"]
     assert set(known) == {"name", "description", "engine", "model", "tokenizer", "api_key_env", "api_key_file", "workload", "client", "theory",
-                          "limits", "report", "variants", "interleave"}  # fmt: skip
+                          "limits", "capacity", "report", "variants", "interleave", "slo", "price"}  # fmt: skip
     assert scenario.load(scenario.commented()) == scenario.Scenario()
 
 
@@ -84,6 +89,7 @@ KEYS = [
     *scenario.Workload.model_fields,
     *scenario.Limits.model_fields,
     *scenario.Engine.model_fields,
+    *scenario.Capacity.model_fields,
 ]
 _ODD = ["null", "-1", "0", "1e999", ".nan", ".inf", "9" * 5000, "2026-13-45", "no", "0o17", "1_000", "''", "[]", "{}", "[[]]", "{a: {b: []}}",
         "!!python/object/apply:os.system ['true']", "!!binary x", "*alias", "&anchor x", "<<: x", "'\u2028'", "\x1b[2J", "\0", "\ud800",

@@ -33,16 +33,6 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 HARNESS = sorted((ROOT / "harness").rglob("*.py"))
 
 
-@pytest.fixture(scope="module")
-def rig() -> Iterator[str]:
-    process = subprocess.Popen([sys.executable, "-m", "tests.faults"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True, cwd=ROOT)  # fmt: skip
-    assert process.stdout is not None and process.stdin is not None
-    yield process.stdout.readline().split()[1]
-    process.stdin.close()
-    process.wait(10)
-
-
 def nowhere_in(folder: Path) -> None:
     """The canary is in no file, the packed columns included; files' names too."""
     for path in folder.rglob("*"):
@@ -344,7 +334,21 @@ def test_the_page_of_promises_names_tests_that_exist() -> None:
 
 def test_what_was_said_is_not_kept(rig: str, ridgeline: Run, tmp_path: Path) -> None:
     assert (
-        ridgeline("run", "--url", rig + "/ok", "--input-tokens", "64", "--output-tokens", "8", "--out", "it").returncode
+        ridgeline(
+            "run",
+            "--url",
+            rig + "/ok",
+            "--input-tokens",
+            "64",
+            "--output-tokens",
+            "8",
+            "--batch-sizes",
+            "2",
+            "--waves",
+            "1",
+            "--out",
+            "it",
+        ).returncode
         == 0
     )
     opening = b"word word"  # the answers' own text

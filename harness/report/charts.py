@@ -1,7 +1,7 @@
 """Runs -> plotly figures, as plain JSON.  A chart is a row of CHARTS.
 
 Colours are the light ones of PALETTE; the page swaps each for its dark twin, so a figure names no other colour.
-Traps of plotly kept out here: its texts are pseudo-HTML (`inert`), its default template is 7 KB a figure (`_figure`).
+Traps of plotly kept out here: its texts are pseudo-HTML (`inert`), its default template is 7 KB a figure (`figure_of`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PALETTE: dict[str, tuple[str, str]] = {
 }
 RUN_COLOURS = ("measured", "second", "third", "fourth")
 SYMBOLS = {"valid": "circle", "suspect": "triangle-up", "invalid": "x"}
-_CLEAR = "rgba(0,0,0,0)"
+CLEAR = "rgba(0,0,0,0)"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
 
 
@@ -67,8 +67,19 @@ def inert(value: str) -> str:
     return html.escape(value, quote=False)
 
 
-def _hover(lines: Iterable[str]) -> str:
+def tooltip(lines: Iterable[str]) -> str:
     return "<br>".join(inert(line) for line in lines if line)
+
+
+def template(*lines: str) -> Json:
+    """The part of a trace whose tooltip plotly fills in itself: shorter than a text for each point.  A line with a text
+    of others goes through `untemplated`."""
+    return {"hovertemplate": "<br>".join(line for line in lines if line), "hoverlabel": {"namelength": 0}}
+
+
+def untemplated(value: str) -> str:
+    """Text that stands in a template as it is."""
+    return inert(value).replace("%{", "% {")
 
 
 def _plain(value: Any) -> Any:
@@ -82,36 +93,38 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _figure(data: list[Json], layout: Json) -> Figure:
-    """The figure, checked by plotly, as plain JSON."""
+# What all figures have in common; it is told once, and the page adds it.
+SHARED: dict[str, Any] = {
+    "font": {"family": _FONT, "size": 12, "color": colour("ink")},
+    "paper_bgcolor": CLEAR,
+    "plot_bgcolor": CLEAR,
+    "margin": {"l": 56, "r": 10, "t": 4, "b": 46},
+    "hoverlabel": {
+        "align": "left",
+        "bgcolor": colour("paper"),
+        "bordercolor": colour("muted"),
+        "font": {"color": colour("ink"), "size": 12, "family": _FONT},
+    },
+    "hovermode": "closest",
+    "dragmode": False,  # a drag on a phone scrolls the page
+    "legend": {
+        "orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
+        "font": {"size": 11.5}, "itemclick": False, "itemdoubleclick": False,
+    },
+}  # fmt: skip
+
+
+def figure_of(data: Sequence[Json], layout: Json) -> Figure:
+    """The figure, checked by plotly, as plain JSON; without what it shares with the others (SHARED)."""
     import plotly.graph_objects as go  # here: the import takes longer than `ridgeline --help` may
 
-    shared = {
-        "template": "none",
-        "font": {"family": _FONT, "size": 12, "color": colour("ink")},
-        "paper_bgcolor": _CLEAR,
-        "plot_bgcolor": _CLEAR,
-        "margin": {"l": 56, "r": 10, "t": 4, "b": 46},
-        "hoverlabel": {
-            "align": "left",
-            "bgcolor": colour("paper"),
-            "bordercolor": colour("muted"),
-            "font": {"color": colour("ink"), "size": 12, "family": _FONT},
-        },
-        "hovermode": "closest",
-        "dragmode": False,  # a drag on a phone scrolls the page
-        "legend": {
-            "orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
-            "font": {"size": 11.5}, "itemclick": False, "itemdoubleclick": False,
-        },
-    }  # fmt: skip
-    figure: Figure = go.Figure(data=list(data), layout={**shared, **layout}).to_plotly_json()
-    figure["layout"].pop("template", None)
+    figure: Figure = go.Figure(data=list(data), layout={"template": "none", **SHARED, **layout}).to_plotly_json()
+    figure["layout"] = {key: v for key, v in figure["layout"].items() if key != "template" and v != SHARED.get(key)}
     plain: Figure = _plain(figure)
     return plain
 
 
-def _axis(title: str, **more: Any) -> Json:
+def axis(title: str, **more: Any) -> Json:
     return {
         "title": {"text": inert(title), "standoff": 8, "font": {"size": 12, "color": colour("muted")}},
         "gridcolor": colour("grid"), "linecolor": colour("line"), "zerolinecolor": colour("line"),
@@ -119,7 +132,33 @@ def _axis(title: str, **more: Any) -> Json:
     }  # fmt: skip
 
 
-def _whiskers(estimates: Sequence[view.Estimate], factor: float, ink: str) -> Json:
+def legend(runs: Sequence[RunView]) -> list[tuple[int, str]]:
+    """(place among the colours, name) of several runs, for the page to tell; a single one needs none."""
+    named = enumerate(view.labels(runs))
+    return [(place % len(RUN_COLOURS), name) for place, name in named] if len(runs) > 1 else []
+
+
+def below() -> Json:
+    """A legend beneath the chart, for one with many traces."""
+    return {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.17, "yanchor": "top", "font": {"size": 11.5},
+            "traceorder": "normal", "itemclick": False, "itemdoubleclick": False}  # fmt: skip
+
+
+def logarithmic(title: str, low: float, high: float) -> Json:
+    """An axis for values from `low` to `high`: logarithmic with marks at 1, 2, 5, or level where they are close together."""
+    if not 0 < low < high or high / low < 3:
+        return axis(title, zeroline=False)
+    marks = [
+        m * 10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)
+    ]
+    marks = [mark for mark in marks if low / 1.3 <= mark <= high * 1.3]
+    if high / low > 300:
+        marks = [mark for mark in marks if math.isclose(math.log10(mark) % 1, 0, abs_tol=1e-9)]
+    ends = [math.log10(low / 1.05), math.log10(high * 1.05)]
+    return axis(title, type="log", tickvals=marks, ticktext=[units.number(mark) for mark in marks], range=ends)
+
+
+def whiskers(estimates: Sequence[view.Estimate], factor: float, ink: str) -> Json:
     above = [factor * max(e.high - e.value, 0.0) if math.isfinite(e.high) else NAN for e in estimates]
     below = [factor * max(e.value - e.low, 0.0) if math.isfinite(e.low) else NAN for e in estimates]
     known = any(math.isfinite(a) for a in above)
@@ -132,7 +171,7 @@ def _point_hover(name: str, key: Key, point: Json, shown: Shown) -> str:
     word = view.verdict_of(point)
     seed = view.seed_value(point, shown.key)
     span, room = (units.interval(e.low, e.high, shown.show) for e in (was, theory))
-    return _hover(
+    return tooltip(
         [
             ", ".join(filter(None, (name, view.key_label(key, full=True)))),
             f"measured {shown.show(was.value)}" + (f" (95 % interval {span})" if span else ""),
@@ -153,12 +192,12 @@ def _bar(name: str, x: list[float], width: float, estimates: Sequence[view.Estim
     """Predicted is an outline with a hatch, measured is solid: the same two everywhere."""
     marker: dict[str, Any] = {"color": ink, "line": {"width": 0}}
     if not solid:
-        marker = {"color": _CLEAR, "line": {"width": 1.4, "color": ink},
-                  "pattern": {"shape": "/", "size": 6, "solidity": 0.16, "fgcolor": ink, "bgcolor": _CLEAR}}  # fmt: skip
+        marker = {"color": CLEAR, "line": {"width": 1.4, "color": ink},
+                  "pattern": {"shape": "/", "size": 6, "solidity": 0.16, "fgcolor": ink, "bgcolor": CLEAR}}  # fmt: skip
     return {
         "type": "bar", "name": inert(name), "x": x, "width": width * 0.94,
         "y": [factor * e.value for e in estimates], "marker": marker, "hoverinfo": "text", "hovertext": hover,
-        "error_y": _whiskers(estimates, factor, colour("ink") if solid else ink),
+        "error_y": whiskers(estimates, factor, colour("ink") if solid else ink),
     }  # fmt: skip
 
 
@@ -207,10 +246,10 @@ def versus(runs: Sequence[RunView], shown: Shown) -> Figure | None:
             slot += 1
     data = [trace for trace in data if any(math.isfinite(v) for v in trace["y"])]
     margin = max(0.5, (3 - len(keys)) / 2)  # one batch size is a bar, not a wall
-    across = _axis(view.load_word(runs), tickvals=list(range(len(keys))), ticktext=[view.key_label(k) for k in keys],
+    across = axis(view.load_word(runs), tickvals=list(range(len(keys))), ticktext=[view.key_label(k) for k in keys],
                    range=[-margin, len(keys) - 1 + margin], showgrid=False, zeroline=False)  # fmt: skip
-    return _figure(
-        data, {"xaxis": across, "yaxis": _axis(title, rangemode="tozero"), "barmode": "overlay", "showlegend": alone}
+    return figure_of(
+        data, {"xaxis": across, "yaxis": axis(title, rangemode="tozero"), "barmode": "overlay", "showlegend": alone}
     )
 
 
@@ -296,7 +335,7 @@ def _roofs(plane: Json, name: str, ink: str, wall: float, alone: bool) -> list[J
             traces.append({
                 "type": "scatter", "mode": "lines", "name": inert(title + (f", {name}" if name else "")),
                 "x": [b for b, _ in pairs], "y": [r for _, r in pairs], "hoverinfo": "text",
-                "hovertext": [_hover([name, title, f"batch {units.number(b)}: {units.rate(r, 'tokens')}"]) for b, r in pairs],
+                "hovertext": [tooltip([name, title, f"batch {units.number(b)}: {units.rate(r, 'tokens')}"]) for b, r in pairs],
                 "line": {"color": ink, "width": width, "dash": dash},
             })  # fmt: skip
     return traces
@@ -315,7 +354,7 @@ def _plane_points(name: str, run: RunView, ink: str) -> Json:
             )
             hover = [name, f"asked: {view.key_label(key, full=True)}", known, f"measured {units.rate(y, 'tokens')}",
                      f"{view.VERDICTS[word]} {word}", view.failures(point)]  # fmt: skip
-            rows.append((x, y, word, _hover(hover)))
+            rows.append((x, y, word, tooltip(hover)))
     return {
         "type": "scatter", "mode": "lines+markers", "name": inert("Measured" + (f", {name}" if name else "")),
         "x": [r[0] for r in rows], "y": [r[1] for r in rows], "hoverinfo": "text", "hovertext": [r[3] for r in rows],
@@ -343,12 +382,10 @@ def plane(runs: Sequence[RunView]) -> Figure | None:
     first = next((k for k, entry in enumerate(planes) if entry), None)  # regions are one run's: they may differ
     ridge, wall = (view.num(planes[first], "ridge_batch"), walls[first]) if first is not None else (NAN, NAN)
     parts = _parts(x0, x1, ridge, wall)
-    across = _axis("Batch size, as really run", type="log", dtick="D2", showgrid=False,
+    across = axis("Batch size, as really run", type="log", dtick="D2", showgrid=False,
                    range=[math.log10(x0), math.log10(x1)])  # fmt: skip
-    up = _axis("output tokens/s", type="log", dtick="D2")
-    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.17, "yanchor": "top", "font": {"size": 11.5},
-              "itemclick": False, "itemdoubleclick": False}  # fmt: skip
-    return _figure(data, {"xaxis": across, "yaxis": up, "shapes": _shapes(parts), "legend": legend, "showlegend": alone,
+    up = axis("output tokens/s", type="log", dtick="D2")
+    return figure_of(data, {"xaxis": across, "yaxis": up, "shapes": _shapes(parts), "legend": below(), "showlegend": alone,
                           "annotations": _notes(parts, ridge, wall), "margin": {"l": 56, "r": 10, "t": 26, "b": 46}})  # fmt: skip
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from harness import definitions, units
 from harness.report import view
@@ -424,67 +421,3 @@ def findings(runs: Sequence[RunView]) -> list[Shared]:
     worst = list(reversed(view.SEVERITIES))
     ordered = sorted(groups.items(), key=lambda pair: (worst.index(pair[0][0]), pair[0][1]))
     return [Shared(g[0], g[1], saw[:30], g[2], g[3], max(0, len(saw) - 30)) for g, saw in ordered]
-
-
-# --- provenance ---------------------------------------------------------------------------------------------------
-
-_SECRET = ("api_key", "apikey", "authorization", "password", "secret", "token", "credential")
-
-
-def _is_secret(name: str) -> bool:
-    """Whether a key names a secret: "hf_token" and "--api-key" do, "input_tokens" and "api_key_env" do not."""
-    low = name.lower().lstrip("-").replace("-", "_")
-    return any(low == word or low.endswith("_" + word) for word in _SECRET) and not low.endswith("per_token")
-
-
-def _clean_url(value: str) -> str:
-    """A URL without user, password and query; any other text as it is."""
-    if "://" not in value:
-        return value
-    try:
-        parts = urlsplit(value)
-    except ValueError:
-        return value
-    if not (parts.username or parts.password or parts.query):
-        return value
-    return urlunsplit(
-        (parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "[removed]" if parts.query else "", "")
-    )
-
-
-def redacted(value: Any, key: str = "") -> Any:
-    """The same data without secrets: a report is sent to others."""
-    if _is_secret(key) and not isinstance(value, int | float | None):
-        return "[removed]"
-    if isinstance(value, Mapping):
-        return {str(k): redacted(v, str(k)) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return _redacted_words(list(value))
-    return view.shorten(_clean_url(value)) if isinstance(value, str) else value
-
-
-def _redacted_words(words: list[Any]) -> list[Any]:
-    """A list, perhaps a command line: the word after --api-key goes, and so does the value of --api-key=VALUE."""
-    clean: list[Any] = []
-    for place, word in enumerate(words):
-        before = words[place - 1] if place else ""
-        flag, _, given = word.partition("=") if isinstance(word, str) else ("", "", "")
-        if isinstance(before, str) and before.startswith("-") and _is_secret(before) and "=" not in before:
-            clean.append("[removed]")
-        elif given and _is_secret(flag):
-            clean.append(f"{flag}=[removed]")
-        else:
-            clean.append(redacted(word))
-    return clean
-
-
-def flat(data: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested data as rows of (dotted key, text), at most 200."""
-    rows: list[tuple[str, str]] = []
-    for key, value in data.items() if isinstance(data, Mapping) else ():
-        name = f"{prefix}{view.shorten(str(key), 80)}"
-        if isinstance(value, Mapping):
-            rows += flat(value, name + ".")
-        elif value is not None and value != "" and value != []:
-            rows.append((name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
-    return rows[:200]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from harness import units
 from harness.report import charts, view
+from harness.report.section import Block, Charts
 from harness.report.tables import Cell, Table, column, heading
 from harness.report.view import Json, RunView
 
@@ -38,8 +38,8 @@ def draw(runs: Sequence[RunView]) -> charts.Figure | None:
     if not data:
         return None
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.17, "yanchor": "top", "font": {"size": 11.5}}
-    return charts._figure(data, {"xaxis": charts._axis("Run", type="category"), "legend": legend, "showlegend": True,
-                                 "yaxis": charts._axis("change from the first run, %"),
+    return charts.figure_of(data, {"xaxis": charts.axis("Run", type="category"), "legend": legend, "showlegend": True,
+                                 "yaxis": charts.axis("change from the first run, %"),
                                  "margin": {"l": 56, "r": 10, "t": 8, "b": 46}})  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def _trace(point: str, metric: str, rows: Sequence[Json], ink: str) -> Json:
     change = [100 * (view.num(row, "mean") / first - 1) for row in rows]
     ends = [[100 * (view.num(row, key) / first - 1) for row in rows] for key in ("low", "high")]
     name, dash = SHOWN[metric]
-    hover = [charts._hover([f"{name}, {point}", _figure(metric, view.num(row, "mean")), view.text(row, "engine_version")])
+    hover = [charts.tooltip([f"{name}, {point}", _figure(metric, view.num(row, "mean")), view.text(row, "engine_version")])
              for row in rows]  # fmt: skip
     return {
         "type": "scatter", "mode": "lines+markers", "name": charts.inert(f"{name}, {point}"),
@@ -69,20 +69,14 @@ def _figure(metric: str, value: float) -> str:
     return units.rate(value, "tokens") if metric.endswith("per_s") else units.seconds(value)
 
 
-def section(runs: Sequence[RunView], drawn: bool) -> dict[str, Any] | None:
-    """What the template shows; None without a history."""
+def section(runs: Sequence[RunView]) -> Charts | None:
+    """None without a history."""
     lines = _lines(runs)
     if not lines:
         return None
     runs_there = len({view.text(row, "started_at") for rows in lines.values() for row in rows})
-    return {
-        "id": ID,
-        "title": "History",
-        "finding": f"{runs_there} run{'' if runs_there == 1 else 's'} of this kind; the table has the newest first.",
-        "read": READ,
-        "drawn": drawn,
-        "table": _table(lines),
-    }
+    finding = f"{runs_there} run{'' if runs_there == 1 else 's'} of this kind; the table has the newest first."
+    return Charts([Block(ID, "History", finding, READ, _table(lines), draw(runs))], tall=True)
 
 
 def _table(lines: dict[tuple[str, str], list[Json]]) -> Table:

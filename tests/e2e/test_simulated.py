@@ -48,6 +48,14 @@ def test_the_law_of_the_simulator_is_recovered(simulated: Callable[..., str], ri
     assert d == pytest.approx(0.5, rel=0.1)
 
 
+def test_a_closed_loop_ends_with_its_duration(simulated: Callable[..., str], ridgeline: Run) -> None:
+    """Its plan has no end of its own: none is asked for more once the time is over."""
+    done = ridgeline(*fast(simulated(*LAW), "--mode", "closed", "--batch-sizes", "2,4", "--duration", "0.5s", "--json"),
+                     timeout=40)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all(p["errors"] == 0 and p["requests"] >= p["batch_size"] for p in one_object(done.stdout)["points"])
+
+
 def test_json_is_one_object_with_every_promised_figure(
     simulated: Callable[..., str], ridgeline: Run, tmp_path: Path
 ) -> None:
@@ -190,8 +198,13 @@ def test_a_signal_ends_the_run_with_a_partial_report(
     _, said = process.communicate(timeout=20)
     assert process.returncode == code, said
     assert "Traceback" not in said
-    assert json.loads((tmp_path / "cut" / "summary.json").read_text())["state"] == "interrupted"
+    found = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert found["state"] == "interrupted"
     assert (tmp_path / "cut" / "requests.parquet").exists()
+    (point,) = found["points"]
+    assert point["planned"] == 1000 and 0 < point["requests"] == 1000 - point["not_sent"] < 1000
+    told = f"1,000 requests were planned, {point['requests']} ended"
+    assert told in found["findings"][0]["saw"] and told in {f["code"]: f["saw"] for f in point["findings"]}["V026"]
 
 
 def test_errors_are_counted_by_class_and_set_the_exit_code(simulated: Callable[..., str], ridgeline: Run) -> None:
@@ -205,8 +218,8 @@ def test_errors_are_counted_by_class_and_set_the_exit_code(simulated: Callable[.
     assert found["points"][0]["verdict"] == "invalid" and found["points"][0]["ttft_ms"]["mean"] is None
 
 
-def test_help_and_version_are_quick_and_plain(ridgeline: Run) -> None:
-    for arguments in (["--help"], ["run", "--help"], ["--version"]):
-        done = ridgeline(*arguments)
-        assert done.returncode == 0 and done.stdout
-    assert "ridgeline 0." in ridgeline("--version").stdout
+def test_help_and_version_are_quick_and_plain(ridgeline_anew: Run) -> None:
+    for arguments in (["run", "--help"], ["--version"]):
+        done = ridgeline_anew(*arguments)
+        assert done.returncode == 0 and done.stdout and not done.stderr
+    assert "ridgeline 0." in done.stdout
