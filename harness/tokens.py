@@ -76,8 +76,10 @@ async def find(tokenizer: str | None, model_path: str | None, client: Client) ->
             few, many = [await asyncio.wait_for(counter.count(text), GET_S) for text in ("one two", "one two " * 9)]
             if 0 < few < many:
                 return counter
-        except (RidgelineError, TimeoutError):
+        except RidgelineError:
             continue
+        except TimeoutError:  # it has no such path, and does not say so
+            break
     return Counter("usage", _never, "bisection on the server's usage")
 
 
