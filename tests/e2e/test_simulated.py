@@ -48,6 +48,14 @@ def test_the_law_of_the_simulator_is_recovered(simulated: Callable[..., str], ri
     assert d == pytest.approx(0.5, rel=0.1)
 
 
+def test_a_closed_loop_ends_with_its_duration(simulated: Callable[..., str], ridgeline: Run) -> None:
+    """Its plan has no end of its own: none is asked for more once the time is over."""
+    done = ridgeline(*fast(simulated(*LAW), "--mode", "closed", "--batch-sizes", "2,4", "--duration", "0.5s", "--json"),
+                     timeout=40)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all(p["errors"] == 0 and p["requests"] >= p["batch_size"] for p in one_object(done.stdout)["points"])
+
+
 def test_json_is_one_object_with_every_promised_figure(
     simulated: Callable[..., str], ridgeline: Run, tmp_path: Path
 ) -> None:
