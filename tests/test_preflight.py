@@ -60,7 +60,7 @@ def test_what_an_option_has_set_is_not_blamed_on_the_file(tmp_path: Path) -> Non
     assert said_of(tmp_path, text, engine={"url": "ftp://x"}).startswith("the options: engine.url: ")
     # A rule over several keys is of the file's part as much as of the option's.
     assert said_of(tmp_path, text, workload={"mode": "closed"}).startswith(
-        "s.yaml:1: workload.waves: belongs to mode wave"
+        "s.yaml:3: workload.waves: belongs to mode wave"
     )
 
 
