@@ -298,7 +298,7 @@ def held(found: subprocess.CompletedProcess[str], true: float, url: str) -> None
         pytest.skip(f"this machine is too busy: {said['sentence']}")
     with urllib.request.urlopen(f"{url}/__log__?events=0") as answer:
         kept = json.load(answer)["summary"]
-    if kept["late_mean_s"] > 0.001:
+    if kept["late_mean_s"] > 0.02 * min(r["bound"] for r in said["points"][0]["readings"]):
         pytest.skip(
             f"this machine is too busy: the simulator was late by {1000 * kept['late_mean_s']:.1f} ms on average"
         )
@@ -337,15 +337,15 @@ def test_a_search_that_was_stopped_says_what_it_knows_and_goes_on_and_its_run_is
 @pytest.mark.parametrize(
     ("server", "asked", "true"),
     [
-        # One request at a time of 20 ms: B of them are answered after B times that.
-        (("--ttft-base", "10ms", "--ttft-per-token", "0.2ms", "--slots", "1"),
-         ("--slo", "ttft_p95=850ms", "--input-tokens", "50", "--output-tokens", "1"), 42),
-        # ITL = 20 ms + 2 ms · B, and 90 ms are allowed.
-        (("--ttft-base", "100ms", "--itl-base", "20ms", "--itl-per-batch", "2ms"),
-         ("--slo", "ttft_p95=1s,itl_p90=91ms", "--input-tokens", "60", "--output-tokens", "20"), 35),
-        # 24 sequences of 120 tokens fit, of 3.05 s each; with B more than those, B · 127 ms are waited.
-        (("--ttft-base", "100ms", "--itl-base", "50ms", "--kv-tokens", "2900"),
-         ("--slo", "ttft_p95=200ms,itl_p90=90ms", "--input-tokens", "60", "--output-tokens", "60"), 24),
+        # One request at a time of 50 ms: B of them are answered after B times that.
+        (("--ttft-base", "40ms", "--ttft-per-token", "0.2ms", "--slots", "1"),
+         ("--slo", "ttft_p95=2.125s", "--input-tokens", "50", "--output-tokens", "1"), 42),
+        # ITL = 40 ms + 4 ms · B, and 180 ms are allowed.
+        (("--ttft-base", "200ms", "--itl-base", "40ms", "--itl-per-batch", "4ms"),
+         ("--slo", "ttft_p95=1s,itl_p90=182ms", "--input-tokens", "60", "--output-tokens", "10"), 35),
+        # 24 sequences of 80 tokens fit, of 3.15 s each; with B more than those, B · 131 ms are waited.
+        (("--ttft-base", "300ms", "--itl-base", "150ms", "--kv-tokens", "1950"),
+         ("--slo", "ttft_p95=400ms,itl_p90=250ms", "--input-tokens", "60", "--output-tokens", "20"), 24),
     ],
     ids=["prefill", "decode", "kv"],
 )  # fmt: skip
