@@ -19,7 +19,7 @@ import pytest
 from harness import capacity, capacity_answer, edge, scenario, slo, store
 from harness.capacity import Goal, Measured, Next, Reading
 from harness.records import NAN, Play, Record, RidgelineError, Table, table
-from harness.report import search
+from harness.report import decision, search
 from harness.report.view import RunView
 from tests.conftest import ROOT, one_object
 
@@ -227,7 +227,7 @@ def find_rate(seed: int, service_s: float, bound_s: float, max_time_s: float) ->
     return capacity.edge(points, goal), len(points)
 
 
-@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 40), marks=pytest.mark.full)], ids=["few", "many"])
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 26), marks=pytest.mark.full)], ids=["few", "many"])
 def test_the_rate_of_a_queue_of_known_tail_is_found(seeds: range) -> None:
     true = rate_of_md1(0.02, 0.1)
     found = [find_rate(seed, 0.02, 0.1, 900.0) for seed in seeds]
@@ -415,4 +415,17 @@ def test_the_exit_code_and_the_sentence_follow_from_how_the_search_ended(ended: 
     assert (
         none["sentence"] == "No load meets itl_p95 ≤ 50 ms: itl_p95 is 80 ms at batch size 1."
         and capacity_answer.code(none) == 3
+    )
+
+
+def test_a_rate_whose_arrivals_outran_completions_meets_nothing_however_short_the_look() -> None:
+    times = {"p95": 0.1, "p50": 0.1, "n": 100}
+    points = [{"rate": rate, "batch_size": None, "verdict": "valid", "ttft_s": times, "requests_per_s": min(rate, 50),
+               "objective": {"saturated": rate > 50}} for rate in (16.0, 64.0)]  # fmt: skip
+    worth = {"limits": [{"metric": "ttft_p95", "bound": 1.0, "point": None}]}
+    said = decision.decide(RunView({"points": points, "worth": worth}, {}, ""))
+    assert (
+        said.word == decision.ONLY
+        and "at most rate 16/s" in said.sentence
+        and "more arrivals than completions" in said.sentence
     )
