@@ -103,7 +103,7 @@ def _figure(rows: Sequence[Row]) -> charts.Figure:
         "line": {"width": 1.4, "color": charts.colour("ink")},
         "layer": "below",
     }
-    across = charts.axis("", tickvals=list(range(len(rows))), ticktext=[charts.inert(name) for name, *_ in rows], range=[-0.6, len(rows) - 0.4],
+    across = charts.axis("", tickvals=list(range(len(rows))), ticktext=[charts.stacked(name) for name, *_ in rows], tickangle=0, range=[-0.6, len(rows) - 0.4],
                          showgrid=False, zeroline=False)  # fmt: skip
     up = charts.axis(
         "measured / predicted",
