@@ -84,6 +84,7 @@ def _figure(rows: Sequence[Row]) -> charts.Figure:
                 ys.append(ratio)
                 above.append((was.high - was.value) / theory.value)
                 below.append((was.value - was.low) / theory.value)
+                seen += [v for end in (was.low, was.high) if (v := end / theory.value) > 0 and math.isfinite(v)]
                 hover.append(charts.tooltip([f"{shown.short}, {name}", f"measured {shown.show(was.value)}, predicted {shown.show(theory.value)}: {units.ratio(ratio)}",
                                              f"tolerance {units.interval(low, high, units.ratio)}"]))  # fmt: skip
         seen += ys
