@@ -19,6 +19,7 @@ from harness.gate import INCONCLUSIVE, Rule
 from harness.progress import Progress
 from harness.records import RidgelineError
 from harness.scenario import Scenario
+from harness.slo import parse as parse_slo
 
 HOME = Path(".ridgeline")
 BASELINES, NOISE = HOME / "baselines", HOME / "noise"
@@ -104,7 +105,7 @@ def options_of(*, metrics: str | None = None, margin: str | None = None, slo: st
     if share is not None and not 0 < share <= 1:
         raise RidgelineError(f"--roof: got {roof}, expected a share up to 100 %")
     return Options(
-        comparison.parse_metrics(metrics), comparison.parse_margins(margin), comparison.parse_slo(slo), share,
+        comparison.parse_metrics(metrics), comparison.parse_margins(margin), parse_slo(slo), share,
         Rule(level), frozenset(part.strip() for part in (allow or "").split(",") if part.strip()), gated,
         inconclusive == "fail",
     )  # fmt: skip

@@ -10,20 +10,12 @@ from typing import Any
 from harness import baseline, gate, units
 from harness.gate import FAIL, INCONCLUSIVE, Answer, Noise, Question, Rule
 from harness.records import RidgelineError
+from harness.slo import Limit, pair, parts
 
 # Exit codes (README); a gate says the first that holds.
 ENGINE, REGRESSED, INVALID, UNDECIDED, INCOMPARABLE = 6, 3, 5, 4, 7
 WIDEST = 0.25  # a gate whose default margin had to be wider would be asleep
 NO_BASELINE = "baseline"  # among `allow`: without a baseline only limits are held
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """A service-level objective: the metric, its bound in SI units, and the point (None: all)."""
-
-    metric: str
-    bound: float
-    point: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,45 +46,20 @@ class Asked:
 
 
 def parse_metrics(text: str | None) -> tuple[str, ...]:
-    return tuple(baseline.known(part, "--metrics") for part in _parts(text))
+    return tuple(baseline.known(part, "--metrics") for part in parts(text))
 
 
 def parse_margins(text: str | None) -> dict[str, float]:
     """`itl=3%,ttft_p95=10%`: metric or its family -> share.  Raises RidgelineError."""
     found = {}
-    for part in _parts(text):
-        name, value = _pair(part, "--margin", "itl=3%")
+    for part in parts(text):
+        name, value = pair(part, "--margin", "itl=3%")
         if name not in baseline.LATENCIES:
             baseline.known(name, "--margin")
         found[name] = units.parse(value, "fraction", f"--margin {name}")
         if not 0 < found[name] < 1:
             raise RidgelineError(f"--margin {name}: got {value}, expected a share between 0 and 100 %")
     return found
-
-
-def parse_slo(text: str | None) -> tuple[Limit, ...]:
-    """`ttft_p95=500ms,itl_p50@b8=30ms,output_tokens_per_s=100`.  Raises RidgelineError."""
-    found = []
-    for part in _parts(text):
-        left, value = _pair(part, "--slo", "ttft_p95=500ms")
-        name, _, point = left.partition("@")
-        kind = "rate" if baseline.higher_is_better(baseline.known(name, "--slo")) else "time"
-        bound = units.parse(value, kind, f"--slo {name}")
-        if not bound > 0:
-            raise RidgelineError(f"--slo {name}: got {value}, expected more than 0")
-        found.append(Limit(name, bound, point or None))
-    return tuple(found)
-
-
-def _parts(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _pair(part: str, flag: str, example: str) -> tuple[str, str]:
-    name, equals, value = part.partition("=")
-    if not equals or not value.strip():
-        raise RidgelineError(f"{flag}: got {part!r}, expected NAME=VALUE such as {example}")
-    return name.strip(), value.strip()
 
 
 # --- the questions ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from harness.tally import Blocks, Tally
 
 SHOWN = ("ttft", "itl", "e2e")  # whose distributions are kept
 STEPS = 48  # of a distribution
-BUCKETS = 240  # of the time line, at most
+BUCKETS = 240  # of the time line
+STRETCHES = 400  # trials of points that are marked on it, at most
 ROWS = 380  # requests of the sample, at most, and as many of the slowest as SLOWEST
 SLOWEST = 20
 RANKED = ("p50", "p90", "p95", "p99")
@@ -79,11 +80,11 @@ def over_time(blocks: Blocks, shown: int | None, limits: Mapping[str, float]) ->
 
 @dataclass(slots=True)
 class _Span:
-    """When the run began and ended, each point too, and how many requests the trials of one point have."""
+    """When the run began and ended, each trial of a point too, and how many requests the trials of one point have."""
 
     start_s: float = math.inf
     end_s: float = -math.inf
-    points: dict[int, list[float]] = field(default_factory=dict)
+    stretches: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (point, trial) -> began, ended
     shown: int | None = None
     trials: dict[int, int] = field(default_factory=dict)
 
@@ -93,9 +94,9 @@ class _Span:
             return
         last_s = _last_s(t)
         self.start_s, self.end_s = min(self.start_s, float(t.sent_s.min())), max(self.end_s, float(last_s.max()))
-        for point in np.unique(t.point).tolist():
-            mine = t.point == point
-            ends = self.points.setdefault(point, [math.inf, -math.inf])
+        for key in sorted(set(zip(t.point.tolist(), t.trial.tolist(), strict=True))):
+            mine = (t.point == key[0]) & (t.trial == key[1])
+            ends = self.stretches.setdefault(key, [math.inf, -math.inf])
             ends[0], ends[1] = min(ends[0], float(t.sent_s[mine].min())), max(ends[1], float(last_s[mine].max()))
         mine = (t.point == shown) & ~t.warmup
         for trial in np.unique(t.trial[mine]).tolist():
@@ -127,16 +128,15 @@ class _Line:
 
     def rows(self) -> dict[str, Any]:
         width_s = float(self.edges[1] - self.edges[0])
-        points = [
-            [point, *(rounded(end - self.span.start_s) for end in ends)]
-            for point, ends in sorted(self.span.points.items())
-        ]
+        ordered = sorted(self.span.stretches.items(), key=lambda pair: (pair[1], pair[0]))[:STRETCHES]
+        since = self.span.start_s
+        stretches = [[*key, *(rounded(end - since) for end in ends)] for key, ends in ordered]
         return {
             "step_s": rounded(width_s),
             "in_flight": [rounded(v) for v in (np.diff(self.in_flight) / width_s).tolist()],
             "output_tokens_per_s": [rounded(v) for v in (np.diff(self.tokens) / width_s).tolist()],
             "errors": [int(n) for n in self.errors],
-            "points": points,
+            "stretches": stretches,
         }
 
 
@@ -182,11 +182,11 @@ class _Sample:
 
     def _row(self, t: Table, k: int) -> dict[str, float]:
         times = {
-            name: rounded(float(getattr(t, name)[k]) - self.start_s)
+            name: round(float(getattr(t, name)[k]) - self.start_s, 6)
             for name in ("scheduled_s", "sent_s", "first_token_s")
         }
         tokens = int(t.output_tokens[k])
-        return {"id": int(t.id[k]), **times, "last_token_s": rounded(float(_last_s(t)[k]) - self.start_s),
+        return {"id": int(t.id[k]), **times, "last_token_s": round(float(_last_s(t)[k]) - self.start_s, 6),
                 "output_tokens": tokens if tokens >= 0 else NAN, "ok": bool(t.ok[k])}  # fmt: skip
 
     def rows(self) -> dict[str, Any] | None:

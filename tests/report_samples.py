@@ -9,8 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import journal, store
+import numpy as np
+
+from harness import journal, models, store, summary
+from harness.records import Record, Table, table
 from harness.report.page import RunView
+from harness.scenario import validate
+from harness.theory.hardware import find
 
 DATA = Path(__file__).parent / "data"
 LOG = "main: server is listening\nslot released"
@@ -42,6 +47,64 @@ CORPUS = (
 def sample() -> RunView:
     summary, run = (json.loads((DATA / f"sample_{name}.json").read_text("utf-8")) for name in ("summary", "run"))
     return RunView(summary, run, LOG)
+
+
+def recorded(count: int = 96, trials: int = 3, sizes: tuple[int, ...] = (1, 8, 32), slo: str = "", price: str = "",
+             step_s: float = 7e-3, each_s: float = 1e-4, hardware: str | None = "H100-SXM-80GB", mode: str = "wave") -> RunView:  # fmt: skip
+    """A run summarised from records that follow a law: waves of a batch, the first token after 20 ms and 0.1 ms for each
+    in the batch, then `step_s` + `each_s` x batch from token to token; trial k is k permille slower; every 50th fails."""
+    tables = [_law(k, size, trial, count, step_s, each_s) for k, size in enumerate(sizes) for trial in range(trials)]
+    sent = 0.0
+    for t in tables:
+        t.sent_s[:] += sent
+        t.first_token_s[:] += sent
+        t.last_token_s[:] += sent
+        t.end_s[:] += sent
+        sent = float(np.nanmax(t.end_s)) + 0.5
+    workload = {"mode": mode, "batch_sizes": list(sizes), "trials": trials}
+    scenario = validate({"workload": workload} | {k: v for k, v in (("slo", slo), ("price", price)) if v}, "test")
+    run = {
+        "scenario": scenario.model_dump(mode="json", by_alias=True), "model": "Llama-3.1-8B", "started_at": "2026-11-01T10:00:00+00:00",
+        "engine": {"kind": "simulator", "version": "1"}, "command": ["ridgeline", "run"], "seed": 1,
+        "points": [{"batch_size": size, "rate": None} for size in sizes],
+    }  # fmt: skip
+    model = models.load(DATA.parent.parent / "scenarios" / "llama-3.1-8b.config.json")
+    row = find(hardware) if hardware else None
+    blocks = lambda only=None, chunks=True: iter(tables)  # noqa: E731
+    found = summary.build(run, "complete", blocks, [], [], [], model if row else None, row)
+    return RunView(json.loads(json.dumps(store.clean(found))), run, LOG)
+
+
+def whole(each_s: float = 1e-4) -> RunView:
+    """A run that has something to say in every section of one run."""
+    return recorded(slo="ttft_p95=500ms,itl_p95=50ms", price="2/h", each_s=each_s)
+
+
+def _law(point: int, size: int, trial: int, count: int, step_s: float, each_s: float) -> Table:
+    records, slow = [], 1 + 1e-3 * trial
+    took = 20e-3 + 1e-4 * size + 149 * (step_s + each_s * size)
+    for i in range(count):
+        n = (point * 100 + trial) * 10_000 + i
+        gaps = np.full(150, (step_s + each_s * size) * slow)
+        gaps[0] = (20e-3 + 1e-4 * size) * slow * (1 + (i % 7) / 100)
+        record = Record(n, point, trial, i // size, False, float("nan"), (i // size) * took * 1.02, input_tokens=350, output_tokens=150,
+                        token_source="usage", chunk_s=np.cumsum(gaps).astype(np.float32), chunk_tokens=np.ones(150, np.int32))  # fmt: skip
+        record.end_s = record.sent_s + float(record.chunk_s[-1])
+        if i % 50 == 49:
+            record = Record(
+                n,
+                point,
+                trial,
+                i // size,
+                False,
+                float("nan"),
+                record.sent_s,
+                end_s=record.sent_s + 0.3,
+                error_class="timeout",
+                error="none in 0.3 s",
+            )
+        records.append(record)
+    return table(records)
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> RunView:
@@ -92,13 +155,13 @@ def hostile(text: str = HOSTILE) -> RunView:
     return _poisoned(lambda: text)
 
 
-def corpus(first: int) -> RunView:
-    """The same with the texts of CORPUS in turn, from `first` on: over all of them each field has had each text."""
+def corpus(first: int, view: RunView | None = None) -> RunView:
+    """The sample, or `view`, with the texts of CORPUS in turn, from `first` on: over all of them each field has had each."""
     turn = itertools.count(first)
-    return _poisoned(lambda: CORPUS[next(turn) % len(CORPUS)])
+    return _poisoned(lambda: CORPUS[next(turn) % len(CORPUS)], view)
 
 
-def _poisoned(text: Callable[[], str]) -> RunView:
+def _poisoned(text: Callable[[], str], view: RunView | None = None) -> RunView:
     def poison(value: Any, free: bool = False) -> Any:
         if isinstance(value, str):
             return text()
@@ -108,7 +171,7 @@ def _poisoned(text: Callable[[], str]) -> RunView:
             return {key + text() if free else key: poison(entry, key in _FREE) for key, entry in value.items()}
         return value
 
-    view = sample()
+    view = view or sample()
     return RunView(poison(view.summary), poison(view.run), text() + "\n" + text())
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from harness import baseline, comparison, gate_text, store
-from harness.comparison import Options, parse_margins, parse_metrics, parse_slo
+from harness.comparison import Options, parse_margins, parse_metrics
 from harness.gate import Rule
 from harness.records import RidgelineError
+from harness.slo import parse as parse_slo
 from tests.gate_samples import figures, noise, point, trials
 
 BASE = figures({"b1": trials(), "b4": trials()})

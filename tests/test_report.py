@@ -290,7 +290,9 @@ def test_an_invalid_point_is_a_headline_only_with_its_stamp() -> None:
     assert head and head[0].count("✕ invalid") == 4
     for name, figure in figures(page).items():
         drawn = strings(figure)
-        assert ("x" if name == "chart-plane" else "✕") in drawn
+        if name not in ("chart-levers", "chart-cost"):  # of predictions, and of one point that its finding names
+            assert "x" in drawn if name == "chart-plane" else any("✕" in text for text in drawn), name
+    assert "✕, a million output tokens" in page or "✕ each dollar an hour" in page
 
 
 def test_a_point_without_a_verdict_counts_as_suspect() -> None:
@@ -446,7 +448,7 @@ def test_the_command_can_be_pasted() -> None:
 def test_every_chart_has_a_table_and_tells_how_to_read_it() -> None:
     page = render([samples.sample()])
     parsed = Page(page)
-    assert parsed.tags["figure"] == parsed.tags["figcaption"] == len(CHARTS) == len(figures(page))
+    assert parsed.tags["figure"] == parsed.tags["figcaption"] == len(figures(page)) > len(CHARTS)
     for chart in CHARTS.values():
         assert chart.read in parsed.text
     assert parsed.tags["table"] == parsed.tags["caption"] == parsed.tags["thead"]

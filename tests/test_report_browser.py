@@ -86,7 +86,7 @@ def test_all_charts_are_drawn_in_silence(show: Any, scheme: str) -> None:
 
 @pytest.mark.parametrize(
     "runs",
-    [[samples.sample()], [samples.sample(), samples.batches(12)], [samples.open_loop()], [samples.empty()], [samples.hostile()]],
+    [[samples.whole()], [samples.sample(), samples.batches(12)], [samples.open_loop()], [samples.empty()], [samples.hostile()]],
     ids=["sample", "two runs", "open loop", "empty", "hostile"],
 )  # fmt: skip
 def test_a_phone_scrolls_no_page_sideways(show: Any, runs: list[RunView]) -> None:
@@ -108,11 +108,11 @@ def test_hostile_text_executes_nothing(show: Any, text: str, bypass: bool) -> No
 @pytest.mark.full
 def test_each_text_of_the_corpus_in_each_field_executes_nothing(show: Any) -> None:
     """As many runs as texts, each with the texts one place further: a comparison of them all, by escaping alone."""
-    inert(show([samples.corpus(first) for first in range(len(samples.CORPUS))], bypass_csp=True))
+    inert(show([samples.corpus(first, samples.whole()) for first in range(len(samples.CORPUS))], bypass_csp=True))
 
 
 def test_a_corpus_of_texts_executes_nothing(show: Any) -> None:
-    inert(show([samples.corpus(0)], bypass_csp=True))
+    inert(show([samples.corpus(0, samples.whole())], bypass_csp=True))
 
 
 def test_a_hostile_run_on_disk_executes_nothing(
@@ -224,7 +224,7 @@ def test_paper_gets_every_section_chart_and_table_in_light(show: Any, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "runs", [[samples.sample()], [samples.sample(), samples.batches(3)]], ids=["one run", "two runs"]
+    "runs", [[samples.whole()], [samples.whole(), samples.batches(3)]], ids=["one run", "two runs"]
 )
 def test_the_printed_pages_show_every_section_and_table(show: Any, tmp_path: Path, runs: list[RunView]) -> None:
     pypdf = pytest.importorskip("pypdf", reason="pypdf is not installed")
@@ -246,16 +246,16 @@ def words(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 
-TWO = [samples.sample(), samples.batches(3)]
+TWO = [samples.whole(), samples.whole(2e-4)]
 
 
 @pytest.mark.parametrize(
     ("runs", "scheme", "width"),
     [
-        (TWO, "light", 1280), (TWO, "dark", 360), ([samples.sample()], "dark", 1280),
-        pytest.param([samples.sample()], "light", 360, marks=pytest.mark.full),
-        pytest.param([samples.hostile()], "light", 1280, marks=pytest.mark.full),
-        pytest.param([samples.empty()], "dark", 1280, marks=pytest.mark.full),
+        ([samples.whole()], "light", 1280), (TWO, "dark", 360),
+        *(pytest.param(runs, scheme, width, marks=pytest.mark.full) for runs, scheme, width in (
+            ([samples.whole()], "dark", 1280), (TWO, "light", 1280), ([samples.sample()], "light", 360),
+            ([samples.hostile()], "light", 1280), ([samples.empty()], "dark", 1280))),
     ],
 )  # fmt: skip
 def test_axe_finds_no_serious_violation(show: Any, runs: list[RunView], scheme: str, width: int) -> None:
@@ -270,7 +270,7 @@ def test_axe_finds_no_serious_violation(show: Any, runs: list[RunView], scheme: 
 
 
 def test_every_part_is_reached_by_keyboard_and_shows_it(show: Any) -> None:
-    opened = show([samples.sample(), samples.batches(3)])
+    opened = show([samples.whole(), samples.batches(3)])
     opened.drawn()
     page = opened.page
     reached = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from harness import units
 from harness.report import tables, view
-from harness.report.charts import CHARTS, RUN_COLOURS
+from harness.report.charts import CHARTS, legend
 from harness.report.section import Block, Charts
 from harness.report.view import HEADLINES, RunView, Shown
 
@@ -20,15 +20,9 @@ def versus(runs: Sequence[RunView]) -> Charts:
     return Charts(
         [_versus(runs, shown) for shown in HEADLINES] if measured else [],
         notices=[f"{name}: {advice}" if name else advice for name, run in named if (advice := _advice(run))],
-        legend=_legend(runs),
+        legend=legend(runs),
         otherwise="No point was measured, so there is nothing to compare.",
     )
-
-
-def _legend(runs: Sequence[RunView]) -> list[tuple[int, str]]:
-    """(place among the colours, name) of several runs; a single one needs none."""
-    named = enumerate(view.labels(runs))
-    return [(place % len(RUN_COLOURS), name) for place, name in named] if len(runs) > 1 else []
 
 
 def _versus(runs: Sequence[RunView], shown: Shown) -> Block:
@@ -69,7 +63,7 @@ def plane(runs: Sequence[RunView]) -> Charts:
     sentences = [s for run, name in zip(runs, view.labels(runs), strict=True) if (s := _plane_sentence(run, name))]
     finding = " ".join(sentences) or "Without a prediction there is no roof to draw: only the measured points."
     block = Block("chart-plane", chart.title, finding, chart.read, tables.plane_table(runs), figure)
-    return Charts([block], tall=True, legend=_legend(runs), otherwise=otherwise)
+    return Charts([block], tall=True, legend=legend(runs), otherwise=otherwise)
 
 
 def _plane_sentence(run: RunView, name: str) -> str:

@@ -41,7 +41,7 @@ PALETTE: dict[str, tuple[str, str]] = {
 }
 RUN_COLOURS = ("measured", "second", "third", "fourth")
 SYMBOLS = {"valid": "circle", "suspect": "triangle-up", "invalid": "x"}
-_CLEAR = "rgba(0,0,0,0)"
+CLEAR = "rgba(0,0,0,0)"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
 
 
@@ -71,6 +71,17 @@ def tooltip(lines: Iterable[str]) -> str:
     return "<br>".join(inert(line) for line in lines if line)
 
 
+def template(*lines: str) -> Json:
+    """The part of a trace whose tooltip plotly fills in itself: shorter than a text for each point.  A line with a text
+    of others goes through `untemplated`."""
+    return {"hovertemplate": "<br>".join(line for line in lines if line), "hoverlabel": {"namelength": 0}}
+
+
+def untemplated(value: str) -> str:
+    """Text that stands in a template as it is."""
+    return inert(value).replace("%{", "% {")
+
+
 def _plain(value: Any) -> Any:
     """JSON with plain lists, no NaN, and six significant digits: more would differ between machines."""
     if isinstance(value, dict):
@@ -82,31 +93,33 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def figure_of(data: list[Json], layout: Json) -> Figure:
-    """The figure, checked by plotly, as plain JSON."""
+# What all figures have in common; it is told once, and the page adds it.
+SHARED: dict[str, Any] = {
+    "font": {"family": _FONT, "size": 12, "color": colour("ink")},
+    "paper_bgcolor": CLEAR,
+    "plot_bgcolor": CLEAR,
+    "margin": {"l": 56, "r": 10, "t": 4, "b": 46},
+    "hoverlabel": {
+        "align": "left",
+        "bgcolor": colour("paper"),
+        "bordercolor": colour("muted"),
+        "font": {"color": colour("ink"), "size": 12, "family": _FONT},
+    },
+    "hovermode": "closest",
+    "dragmode": False,  # a drag on a phone scrolls the page
+    "legend": {
+        "orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
+        "font": {"size": 11.5}, "itemclick": False, "itemdoubleclick": False,
+    },
+}  # fmt: skip
+
+
+def figure_of(data: Sequence[Json], layout: Json) -> Figure:
+    """The figure, checked by plotly, as plain JSON; without what it shares with the others (SHARED)."""
     import plotly.graph_objects as go  # here: the import takes longer than `ridgeline --help` may
 
-    shared = {
-        "template": "none",
-        "font": {"family": _FONT, "size": 12, "color": colour("ink")},
-        "paper_bgcolor": _CLEAR,
-        "plot_bgcolor": _CLEAR,
-        "margin": {"l": 56, "r": 10, "t": 4, "b": 46},
-        "hoverlabel": {
-            "align": "left",
-            "bgcolor": colour("paper"),
-            "bordercolor": colour("muted"),
-            "font": {"color": colour("ink"), "size": 12, "family": _FONT},
-        },
-        "hovermode": "closest",
-        "dragmode": False,  # a drag on a phone scrolls the page
-        "legend": {
-            "orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
-            "font": {"size": 11.5}, "itemclick": False, "itemdoubleclick": False,
-        },
-    }  # fmt: skip
-    figure: Figure = go.Figure(data=list(data), layout={**shared, **layout}).to_plotly_json()
-    figure["layout"].pop("template", None)
+    figure: Figure = go.Figure(data=list(data), layout={"template": "none", **SHARED, **layout}).to_plotly_json()
+    figure["layout"] = {key: v for key, v in figure["layout"].items() if key != "template" and v != SHARED.get(key)}
     plain: Figure = _plain(figure)
     return plain
 
@@ -117,6 +130,32 @@ def axis(title: str, **more: Any) -> Json:
         "gridcolor": colour("grid"), "linecolor": colour("line"), "zerolinecolor": colour("line"),
         "tickfont": {"color": colour("muted")}, "fixedrange": True, "automargin": True, **more,
     }  # fmt: skip
+
+
+def legend(runs: Sequence[RunView]) -> list[tuple[int, str]]:
+    """(place among the colours, name) of several runs, for the page to tell; a single one needs none."""
+    named = enumerate(view.labels(runs))
+    return [(place % len(RUN_COLOURS), name) for place, name in named] if len(runs) > 1 else []
+
+
+def below() -> Json:
+    """A legend beneath the chart, for one with many traces."""
+    return {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.17, "yanchor": "top", "font": {"size": 11.5},
+            "traceorder": "normal", "itemclick": False, "itemdoubleclick": False}  # fmt: skip
+
+
+def logarithmic(title: str, low: float, high: float) -> Json:
+    """An axis for values from `low` to `high`: logarithmic with marks at 1, 2, 5, or level where they are close together."""
+    if not 0 < low < high or high / low < 3:
+        return axis(title, zeroline=False)
+    marks = [
+        m * 10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)
+    ]
+    marks = [mark for mark in marks if low / 1.3 <= mark <= high * 1.3]
+    if high / low > 300:
+        marks = [mark for mark in marks if math.isclose(math.log10(mark) % 1, 0, abs_tol=1e-9)]
+    ends = [math.log10(low / 1.05), math.log10(high * 1.05)]
+    return axis(title, type="log", tickvals=marks, ticktext=[units.number(mark) for mark in marks], range=ends)
 
 
 def whiskers(estimates: Sequence[view.Estimate], factor: float, ink: str) -> Json:
@@ -153,8 +192,8 @@ def _bar(name: str, x: list[float], width: float, estimates: Sequence[view.Estim
     """Predicted is an outline with a hatch, measured is solid: the same two everywhere."""
     marker: dict[str, Any] = {"color": ink, "line": {"width": 0}}
     if not solid:
-        marker = {"color": _CLEAR, "line": {"width": 1.4, "color": ink},
-                  "pattern": {"shape": "/", "size": 6, "solidity": 0.16, "fgcolor": ink, "bgcolor": _CLEAR}}  # fmt: skip
+        marker = {"color": CLEAR, "line": {"width": 1.4, "color": ink},
+                  "pattern": {"shape": "/", "size": 6, "solidity": 0.16, "fgcolor": ink, "bgcolor": CLEAR}}  # fmt: skip
     return {
         "type": "bar", "name": inert(name), "x": x, "width": width * 0.94,
         "y": [factor * e.value for e in estimates], "marker": marker, "hoverinfo": "text", "hovertext": hover,
@@ -346,9 +385,7 @@ def plane(runs: Sequence[RunView]) -> Figure | None:
     across = axis("Batch size, as really run", type="log", dtick="D2", showgrid=False,
                    range=[math.log10(x0), math.log10(x1)])  # fmt: skip
     up = axis("output tokens/s", type="log", dtick="D2")
-    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.17, "yanchor": "top", "font": {"size": 11.5},
-              "itemclick": False, "itemdoubleclick": False}  # fmt: skip
-    return figure_of(data, {"xaxis": across, "yaxis": up, "shapes": _shapes(parts), "legend": legend, "showlegend": alone,
+    return figure_of(data, {"xaxis": across, "yaxis": up, "shapes": _shapes(parts), "legend": below(), "showlegend": alone,
                           "annotations": _notes(parts, ridge, wall), "margin": {"l": 56, "r": 10, "t": 26, "b": 46}})  # fmt: skip
 
 

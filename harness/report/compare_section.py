@@ -130,7 +130,7 @@ def _block(metric: str, found: Sequence[Change], names: Sequence[str]) -> Block:
     finding = ", ".join(f"{n} {word}" for word, n in counts if n) + f"; the band is ±{units.percent(found[0].margin)}."
     chart = f"chart-change-{metric}"
     return Block(chart, METRICS[metric], finding, _READ, _table(metric, found, names), _forest(metric, found, names),
-                 "Nothing to draw: no change is known.")  # fmt: skip
+                 missing="Nothing to draw: no change is known.")  # fmt: skip
 
 
 def _table(metric: str, found: Sequence[Change], names: Sequence[str]) -> Table:

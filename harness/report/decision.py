@@ -143,33 +143,38 @@ def decide(run: RunView) -> Decision:
     most = view.best(run, "output_tokens_per_s", highest=True)
     if not goal:
         return Decision(CANNOT, NO_SLO, most, False, tuple(rows))
-    good = [row for row in rows if row.status == MEETS]
+    judged = [row for row in rows if row.checks]
+    good = [row for row in judged if row.status == MEETS]
     if good:
-        top = good[-1]
-        where, chosen = view.key_label(top.key, full=True), (top.key, top.point)
-        missed = [row for row in rows if row.status == MISSES]
-        beyond = next((row for row in missed if row.key > top.key), None)
-        if beyond is None and not missed:
-            more = (
-                f"every load up to {where}, the largest measured,"
-                if top is rows[-1]
-                else f"{where}, the largest that could be judged,"
-            )
-            return Decision(YES, f"{more} meets {goal}", chosen, True, tuple(rows))
-        worst = beyond or missed[0]
-        why = "; ".join(check.text for check in worst.checks if check.status == MISSES)
-        return Decision(
-            ONLY, f"at most {where}: {view.key_label(worst.key, full=True)} has {why}", chosen, True, tuple(rows)
-        )
-    if rows and rows[0].status == MISSES:
-        why = "; ".join(check.text for check in rows[0].checks if check.status == MISSES)
-        return Decision(NO, f"even {view.key_label(rows[0].key, full=True)} has {why}", most, False, tuple(rows))
-    if not rows:
-        return Decision(CANNOT, f"nothing was measured to hold against {goal}", most, False, ())
-    why = "; ".join(dict.fromkeys(check.text for row in rows for check in row.checks if check.status == UNSURE))
-    if all(view.verdict_of(row.point) == "invalid" for row in rows):
+        return _met(judged, good, goal, tuple(rows))
+    if judged and judged[0].status == MISSES:
+        return Decision(NO, f"even {_has(judged[0])}", most, False, tuple(rows))
+    if not judged:
+        return Decision(CANNOT, f"nothing was measured to hold against {goal}", most, False, tuple(rows))
+    why = "; ".join(dict.fromkeys(check.text for row in judged for check in row.checks if check.status == UNSURE))
+    if all(view.verdict_of(row.point) == "invalid" for row in judged):
         why = "no point is valid"
     return Decision(CANNOT, f"no load was shown to meet {goal} ({why or 'see the findings'})", most, False, tuple(rows))
+
+
+def _met(judged: list[Held], good: list[Held], goal: str, rows: tuple[Held, ...]) -> Decision:
+    """At least one load meets the objectives."""
+    top, least = good[-1], good[0]
+    where, chosen = view.key_label(top.key, full=True), (top.key, top.point)
+    below = [row for row in judged if row.status == MISSES and row.key < least.key]
+    beyond = [row for row in judged if row.status == MISSES and row.key > least.key]
+    if not below and not beyond:
+        more = "the largest measured" if top is judged[-1] else "the largest that could be judged"
+        return Decision(YES, f"every load up to {where}, {more}, meets {goal}", chosen, True, rows)
+    span = where if least is top else f"{view.key_label(least.key, full=True)} to {where}"
+    what = span if below else f"at most {where}"
+    return Decision(ONLY, f"{what}: {_has(beyond[0] if beyond else below[-1])}", chosen, True, rows)
+
+
+def _has(row: Held) -> str:
+    """ "batch 32 has ITL p50 10.2 ms, more than 8 ms"."""
+    why = "; ".join(check.text for check in row.checks if check.status == MISSES)
+    return f"{view.key_label(row.key, full=True)} has {why}"
 
 
 # --- what it costs, and how much of the roof it reaches -----------------------------------------------------------
@@ -190,7 +195,9 @@ def usd_per_million(run: RunView, point: Json, key: str = "output_tokens_per_s")
 
 def usd(value: float) -> str:
     """ "$0.298"; "$1,234"."""
-    return units.MISSING if not math.isfinite(value) else f"${units.number(value, 3)}"
+    if not math.isfinite(value):
+        return units.MISSING
+    return f"${value:,.2f}" if 1 <= value < 1000 else f"${units.number(value, 3)}"
 
 
 def roof_share(run: RunView, point: Json) -> float:

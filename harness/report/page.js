@@ -27,7 +27,8 @@
   const draw = (box) => {
     if (!window.Plotly) return;
     const figure = themed(data.figures[box.id]);
-    if (printing) figure.layout = { ...figure.layout, width: 660, height: box.closest(".tall") ? 320 : 210 };
+    figure.layout = { ...themed(data.layout), ...figure.layout };
+    if (printing) figure.layout = { ...figure.layout, width: 660, height: box.matches(".tall *, .high") ? 320 : 210 };
     else figure.layout = { ...figure.layout, autosize: true };
     Plotly.react(box, figure.data, figure.layout, config);
     drawn.add(box);

@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.report import verdict as head
 from harness.report import view
-from harness.report.charts import PALETTE, RUN_COLOURS
+from harness.report.charts import PALETTE, RUN_COLOURS, SHARED
 from harness.report.section import Charts
 from harness.report.sections import SECTIONS
 from harness.report.verdict import verdict
@@ -49,7 +49,7 @@ def render(runs: Sequence[RunView]) -> str:
         # Markup marks our own style and script, and JSON made inert; no text of a run passes here.
         style=Markup(_palette_css() + _asset("style.css")),
         script=Markup(script),
-        data=Markup(_json({"figures": figures, "dark": dict(PALETTE.values()), "eager": _EAGER})),
+        data=Markup(_json({"figures": figures, "layout": SHARED, "dark": dict(PALETTE.values()), "eager": _EAGER})),
         plotly=_packed() if figures else "",
         plotly_version=PLOTLY_VERSION,
         licence=_asset("plotly-LICENSE.txt"),

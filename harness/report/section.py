@@ -22,16 +22,18 @@ class Block:
     read: str
     table: Table
     figure: Figure | None = None
+    high: bool = False
     missing: str = "Nothing to draw: no value was measured or predicted."
 
 
 @dataclass(frozen=True, slots=True)
 class Charts:
-    """The content of a section of charts: side by side, or `tall` ones beneath each other.  `otherwise` is said where
-    there is none."""
+    """The content of a section of charts: side by side, `stacked` beneath each other, or `tall` ones.  `otherwise` is
+    said where there is none."""
 
     blocks: list[Block]
     tall: bool = False
+    stacked: bool = False
     notices: list[str] = field(default_factory=list)
     legend: list[tuple[int, str]] = field(default_factory=list)
     otherwise: str = ""

@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from harness.report import against, compare_section, glossary, provenance, tables, trend, verdict, view
+from harness.report import (
+    against,
+    capacity,
+    compare_section,
+    glossary,
+    limits,
+    provenance,
+    roofline,
+    spread,
+    tables,
+    timeline,
+    trend,
+    verdict,
+    view,
+)
 from harness.report.section import Section
 from harness.report.view import RunView
 
@@ -23,8 +37,16 @@ def _starts(runs: Sequence[RunView]) -> list[tuple[str, list[tables.Stage], str]
 SECTIONS = (
     Section("verdict", "Verdict", "verdict", verdict.section),
     Section("compare", "Comparison", "compared", compare_section.section),
+    Section("limits", "What limits it, and what would help", "charts", limits.section),
     Section("versus", "Predicted versus measured", "charts", against.versus),
     Section("plane", "Throughput over batch size", "charts", against.plane),
+    Section("roofline", "Roofline", "charts", roofline.section),
+    Section("capacity", "Capacity under the objectives", "charts", capacity.section),
+    Section("pareto", "Throughput against speed for each user", "charts", capacity.pareto),
+    Section("cost", "Cost", "charts", capacity.cost),
+    Section("spread", "Distributions", "charts", spread.section),
+    Section("timeline", "Over time", "charts", timeline.section),
+    Section("stability", "Stability over trials", "charts", spread.stability),
     Section("trend", "History", "charts", trend.section),
     Section("figures", "Every figure", "tables", _figures),
     Section("time", "Where the time goes", "time", against.time),

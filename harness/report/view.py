@@ -169,6 +169,12 @@ def key_label(key: Key, full: bool = False) -> str:
     return f"point {units.count(value)}"
 
 
+def marked(key: Key, point: Json, full: bool = False) -> str:
+    """The label of a point, with its sign where it is not valid: "batch 4 ▲"."""
+    word = verdict_of(point)
+    return key_label(key, full) + ("" if word == "valid" else f" {VERDICTS[word]}")
+
+
 def load_word(runs: Sequence[RunView]) -> str:
     """What the points of these runs vary: the heading of their column and the title of their axis."""
     kinds = {key[0] for key in all_keys(runs)}

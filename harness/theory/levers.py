@@ -8,7 +8,7 @@ from typing import Any
 
 from harness import units
 from harness.records import RidgelineError
-from harness.theory.hardware import Hardware, find, prices
+from harness.theory.hardware import Hardware, find
 from harness.theory.predict import PointPrediction, predict
 from harness.theory.shape import Model
 
@@ -36,6 +36,8 @@ def levers(model: Model, hardware: Hardware, load: Mapping[str, Any]) -> list[di
             continue
         count = int(change.get("tp", asked.get("tp") or 1)) * int(asked.get("pp") or 1)
         row = _row(base, other, kind, name, note, count)
+        if row and kind == "hardware":
+            row["usd_per_h"] = chip.usd_per_h
         if row and (kind != "hardware" or not math.isclose(row["times"]["output_tokens_per_s"], 1, abs_tol=LEAST)):
             found.append(row)
     order = ("setting", "load", "hardware")
@@ -59,8 +61,8 @@ def _changes(
     if tp < 8:
         yield (
             "setting",
-            f"tensor parallelism over {2 * tp}",
-            f"{2 * tp} accelerators instead of {tp}",
+            f"TP {2 * tp}",
+            f"tensor parallel over {2 * tp} accelerators instead of {tp}",
             hardware,
             {"tp": 2 * tp},
             batch,
@@ -73,8 +75,12 @@ def _changes(
     for name in OTHERS:
         chip = find(name)
         if chip.name != hardware.name and (chip.vendor == hardware.vendor or hardware.measured):
-            price = next((p for p in prices(chip.name) if p.kind in ("list", "on-demand")), None)
-            note = f"{units.number(price.usd_per_h, 3)} $/h, {price.kind}, {price.date}" if price else "no price known"
+            priced = math.isfinite(chip.usd_per_h)
+            note = (
+                f"${units.number(chip.usd_per_h, 3)}/h, {chip.price_source.partition(',')[0]}"
+                if priced
+                else "no price known"
+            )
             yield "hardware", chip.name, note, chip, {"calibration": None} if hardware.measured else {}, batch
 
 
