@@ -127,9 +127,10 @@ def _table(batch: Any, chunks: bool) -> Table:
     chunk_tokens: npt.NDArray[Any] = np.empty(0, np.int32)
     if chunks and n:
         lists = [batch.column(name) for name in CHUNKS]
-        chunk_s, chunk_tokens = (_numbers(part.flatten()) for part in lists)
         offsets = _numbers(lists[0].offsets).astype(np.int64)
         start = offsets - offsets[0]
+        # flatten() would load pyarrow.compute
+        chunk_s, chunk_tokens = (_numbers(part.values)[offsets[0] : offsets[-1]] for part in lists)
     if chunks and "last_token_s" not in batch.schema.names:
         columns["first_token_s"], columns["last_token_s"] = first_and_last_s(columns["sent_s"], chunk_s, start)
     return Table(**columns, chunk_s=chunk_s, chunk_tokens=chunk_tokens, start=start)

@@ -14,6 +14,7 @@ import typer
 
 from harness import __version__, redaction
 from harness.cli_gate import app as gate_app
+from harness.cli_plan import app as plan_app
 from harness.records import RidgelineError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -23,6 +24,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 config_app = typer.Typer(no_args_is_help=True, help="Scenario files: a schema for editors, and one to start from.")
 app.add_typer(config_app, name="config")
 app.add_typer(gate_app)
+app.add_typer(plan_app)
 
 
 def _version(value: bool) -> None:
@@ -313,12 +315,13 @@ def predict(
 def calibrate(
     source: Annotated[Path, typer.Argument(help="A run folder, or a table (CSV) of measured cells.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The calibration, for --calibration.")],
+    batch_sizes: Annotated[str | None, typer.Option(help="Fit to the cells of these only: 1,2.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the calibration as JSON.")] = False,
 ) -> None:
     """Fit a handful of efficiency factors to at most ten measured cells, and name the next cell to measure."""
     from harness import command_theory as theory
 
-    typer.echo(theory.calibrate(source, out, as_json))
+    typer.echo(theory.calibrate(source, out, _list(batch_sizes, int, "--batch-sizes"), as_json))
 
 
 @app.command()

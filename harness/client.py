@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ from harness.wire import Target, parse_url
 MAX_BODY = 4 * 2**20
 GET_S = 2.5  # for a page that needs no model: a server that lets it wait is not to be measured
 FIRST_S = 30.0  # for the first answer of a model, unless limits say otherwise
+MORE_TIME = "limits.preflight_s gives it more time"
+RATE_LIMITED = ("the server limits how much may be asked: wait as long as its Retry-After says, or use a key that may ask "
+                "more; nothing is retried here")  # fmt: skip
 
 
 def key_from(env: str, file: str | None = None) -> str:
@@ -76,7 +81,8 @@ class Client:
                     raise RidgelineError(f"{url}: redirects (status {response.status}), and no redirect is followed, so "
                                          "that no key goes elsewhere; give the address itself as --url", 6)  # fmt: skip
                 if response.status != 200:
-                    raise RidgelineError(f"{url}: status {response.status}; is this an OpenAI-compatible server?", 6)
+                    hint = _hint(f"http_{response.status}", "is this an OpenAI-compatible server?")
+                    raise RidgelineError(f"{url}: status {response.status}{_again(response)}; {hint}", 6)
                 return orjson.loads(text)
         except (aiohttp.ClientError, OSError, TimeoutError) as problem:  # first: a bad certificate is a ValueError too
             raise _unreachable(url, problem, GET_S) from None
@@ -95,7 +101,7 @@ class Client:
                         raise RidgelineError(f"{url}: status {response.status}", 6)
                     return orjson.loads(text)
             except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-                if last:
+                if last or isinstance(problem, TimeoutError):
                     raise _unreachable(url, problem) from None
             except ValueError:
                 raise RidgelineError(f"{url}: the answer is no JSON", 6) from None
@@ -109,7 +115,10 @@ class Client:
             try:
                 return await self._once(url, body, output_tokens)
             except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-                if last or isinstance(problem, TimeoutError):
+                if isinstance(problem, TimeoutError):
+                    raise RidgelineError(f"{url}: no whole answer to a first request within {self.first_s:g} s; is the "
+                                         f"server overloaded, or does it load its model still? {MORE_TIME}", 6) from None  # fmt: skip
+                if last:
                     raise _unreachable(url, problem, self.first_s) from None
         raise AssertionError
 
@@ -127,8 +136,10 @@ class Client:
                 ending = "eof"
             note = f"Location: {response.headers['Location'][:1024]}" if "Location" in response.headers else ""
             coding = response.headers.get("Content-Encoding", "identity")
-            return dialects.interpret(bytes(data), [0.0], [len(data)], response.status, ending, output_tokens, note,
-                                      "" if coding == "identity" else coding, self.target.key)  # fmt: skip
+            answer = dialects.interpret(bytes(data), [0.0], [len(data)], response.status, ending, output_tokens, note,
+                                        "" if coding == "identity" else coding, self.target.key)  # fmt: skip
+            answer.error += _again(response)
+            return answer
 
     async def input_tokens(self, prompt: str, output_tokens: int) -> int | None:
         """What the server's usage says of a prompt.  Raises RidgelineError (code 6) if it refuses the request."""
@@ -167,7 +178,16 @@ class Client:
             return False
 
     async def negotiate(self, output_tokens: int) -> None:
-        """Find which options the server takes: a length with no stop, and usage in the stream.  Recorded in run.json."""
+        """Find which options the server takes: a length with no stop, and usage in the stream.  Recorded in run.json.
+        Raises RidgelineError (code 6) when the server refuses all of them, or took `first_s` over it."""
+        try:
+            async with asyncio.timeout(self.first_s):
+                await self._negotiate(output_tokens)
+        except TimeoutError:
+            raise RidgelineError(f"{self.target.url}: no first request ended well within {self.first_s:g} s; is the server "
+                                 f"overloaded? {MORE_TIME}", 6) from None  # fmt: skip
+
+    async def _negotiate(self, output_tokens: int) -> None:
         refused: dialects.Answer | None = None
         for usage in (True, False):
             for no_stop in dialects.NO_STOP:
@@ -207,22 +227,35 @@ def _unreachable(url: str, problem: BaseException, waited_s: float = FIRST_S) ->
         return RidgelineError(f"{url}: TLS failed: {problem}; use the name in the server's certificate, and name an "
                               "authority of your own by SSL_CERT_FILE", 6)  # fmt: skip
     if isinstance(problem, TimeoutError):
-        more = "" if waited_s == GET_S else "; limits.preflight_s allows a first answer more time"
-        return RidgelineError(f"{url}: no answer within {waited_s:g} s; is the server up and not overloaded?{more}", 6)
+        return RidgelineError(f"{url}: no answer within {waited_s:g} s; is the server up and not overloaded?", 6)
     said = str(getattr(problem, "os_error", None) or problem) or type(problem).__name__
     return RidgelineError(f"{url}: not reachable ({said}); is the server up, and are host and port right?", 6)
 
 
 def _refused(client: Client, answer: dialects.Answer) -> RidgelineError:
-    hint = {
+    hint = _hint(answer.error_class, endings.ENDINGS[endings.name_of(answer.error_class)][1])
+    said = answer.error[:300]
+    return RidgelineError(f"{client.target.url}: a first request ended as {answer.error_class}: {said}; {hint}", 6)
+
+
+def _hint(error_class: str, otherwise: str) -> str:
+    """What to do about a class of ending before a run."""
+    if re.fullmatch(r"http_5\d\d", error_class):
+        otherwise = "the server is up and cannot answer: see its log, and whether its model is loaded"
+    return {
         "http_401": "set OPENAI_API_KEY, or name its variable by --api-key-env",
         "http_403": "set OPENAI_API_KEY, or name its variable by --api-key-env",
         "http_404": "check --model and --api: this path or model is not there",
+        "http_429": RATE_LIMITED,
         "context_length": "ask for fewer tokens, or let the server take longer contexts",
         "redirect": "give the address that it redirects to as --url",
-    }.get(answer.error_class) or endings.ENDINGS[endings.name_of(answer.error_class)][1]
-    said = answer.error[:300]
-    return RidgelineError(f"{client.target.url}: a first request ended as {answer.error_class}: {said}; {hint}", 6)
+    }.get(error_class, otherwise)
+
+
+def _again(response: aiohttp.ClientResponse) -> str:
+    """When a server that has too much to do wants to be asked again, as it says it."""
+    again = response.headers.get("Retry-After", "") if response.status in (429, 503) else ""
+    return f" (Retry-After: {again[:40]})" if again else ""
 
 
 def local_model_path(entry: dict[str, Any], props: dict[str, Any]) -> str | None:

@@ -17,11 +17,12 @@ import numpy as np
 from harness import baseline, redaction, store, summary, units
 from harness.progress import Progress
 from harness.records import RidgelineError, Table
-from harness.scenario import MAX_BYTES, Scenario, load, validate
+from harness.scenario import Places, Scenario, load, validate
 from harness.theory.calibration import from_dict
 from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict
 from harness.theory.shape import Layers, Model
+from harness.yaml_lines import MAX_BYTES
 
 RESULTS = Path("results")
 FORMS = ("html", "md", "json")
@@ -29,18 +30,33 @@ WHOLE = ("input_tokens", "output_tokens", "rate_ramp")  # a flag replaces these,
 
 
 def planned(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
-    """A scenario file with the flags laid over it: a flag wins over the file."""
+    """A scenario file with the flags laid over it: a flag wins over the file.  What it names is there."""
+    from harness import preflight
+
     base: dict[str, Any] = {}
+    places = Places("the options")
     if path is not None:
         try:
             with path.open(encoding="utf-8-sig") as file:
                 text = file.read(MAX_BYTES + 1)  # no more: it may be a device without end
         except (OSError, UnicodeDecodeError) as problem:
             raise RidgelineError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
-        base = load(text, str(path)).model_dump(mode="json", by_alias=True, exclude_unset=True)
+        found = load(text, str(path))
+        base, places = found.model_dump(mode="json", by_alias=True, exclude_unset=True), found.places
         base.setdefault("name", path.stem)
-    merged = _over(base, flags)
-    return validate(merged, "the options" if path is None else f"{path} with the options")
+    laid = dataclasses.replace(places, options=frozenset(_paths(_over({}, flags))))
+    scenario = validate(_over(base, flags), places.where, laid)
+    preflight.named(scenario)
+    return scenario
+
+
+def _paths(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of each value."""
+    for key, value in values.items():
+        if isinstance(value, dict) and key not in WHOLE:
+            yield from _paths(value, (*path, key))
+        else:
+            yield (*path, key)
 
 
 def _over(base: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:

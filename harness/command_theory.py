@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def _sweeps(asked: Asked) -> Iterator[_Part]:
     draft = (models.load(asked.draft[0]), *asked.draft[1:]) if asked.draft else None
     batch, i, o = (np.array(x) for x in zip(*itertools.product(asked.batch, asked.input_tokens, asked.output_tokens), strict=True))  # fmt: skip
     rates: list[float | None] = [*asked.rate] if asked.rate else [None]
-    rows = [row for name in asked.hardware for row in _hardware(name.strip())]
+    rows = [row for name in asked.hardware for row in hardware_rows(name.strip())]
     for row, dtype, tp, rate in itertools.product(rows, asked.dtype, asked.tp, rates):
         try:
             found = sweep(model, row, batch=batch, input_tokens=i, output_tokens=o, dtype=dtype, kv_dtype=asked.kv_dtype,
@@ -93,7 +93,7 @@ def _sweeps(asked: Asked) -> Iterator[_Part]:
             yield _Part(row, dtype, tp, rate, None, str(problem))
 
 
-def _hardware(name: str) -> list[Hardware]:
+def hardware_rows(name: str) -> list[Hardware]:
     """Rows of this name, of a file of the user's rows, or the one of this machine."""
     if name != "machine":
         return models.hardware(name)
@@ -194,9 +194,13 @@ def calibration_of(path: Path) -> Calibration:
         raise RidgelineError(f"calibration {path}: not JSON ({str(problem)[:100]})") from None
 
 
-def calibrate(source: Path, out: Path, as_json: bool) -> str:
-    """Fit, write the file, and say what was found."""
-    found = _of_run(source) if source.is_dir() else fitting.calibrate(_table(source), str(source))
+def calibrate(source: Path, out: Path, only: Sequence[int] | None, as_json: bool) -> str:
+    """Fit, to the cells of `only` these batch sizes where given, write the file, and say what was found."""
+    if source.is_dir():
+        found = _of_run(source, only)
+    else:
+        rows = _table(source)
+        found = fitting.calibrate(rows[rows.batch.isin(only)] if only else rows, str(source))
     store.write_json(out, found.as_dict())
     if as_json:
         return json.dumps(store.clean(found.as_dict()), allow_nan=False)
@@ -214,7 +218,7 @@ def calibrate(source: Path, out: Path, as_json: bool) -> str:
     return "\n".join([*lines, f"calibration: {out}"])
 
 
-def _of_run(folder: Path) -> Calibration:
+def _of_run(folder: Path, only: Sequence[int] | None) -> Calibration:
     from harness import command
 
     found = command.summarise(folder)
@@ -229,6 +233,7 @@ def _of_run(folder: Path) -> Calibration:
     case = holding.Case(command.model_from(inputs["model"]), from_row(inputs["hardware"]), theory["dtype"],
                         theory["kv_dtype"], theory["tp"], theory.get("pp", 1), 1, 1, framework)  # fmt: skip
     rows, mode = fitting.of_points(found["points"]), found["workload"]["mode"]
+    rows = rows[rows.batch.isin(only)] if only else rows
     return fitting.calibrate_cells(case, "wave" if mode == "wave" else "concurrency", rows, str(folder))
 
 

@@ -28,6 +28,7 @@ from harness.endings import (
     name_of,
     plain,
 )  # fmt: skip
+from harness.eventstream import Alike, events, events_from
 from harness.records import Floats
 
 APIS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
@@ -55,71 +56,6 @@ def encode(api: str, model: str, prompt: str, output_tokens: int, no_stop: Seque
     extras = {"ignore_eos": True, "min_tokens": output_tokens}
     body.update({name: extras[name] for name in no_stop})
     return APIS[api], orjson.dumps(body)
-
-
-# One dispatched event: its data, the offset of the byte that completed it, its type.  A plain tuple: there are many.
-Event = tuple[bytes, int, bytes]
-
-
-_LINE = re.compile(rb"\r\n|\r|\n")
-
-
-def events(body: bytes) -> list[Event]:
-    """All events of a body.  An event that was never completed by a blank line is dropped, as the standard says."""
-    start = 3 if body.startswith(b"\xef\xbb\xbf") else 0
-    if b"\r" in body or start:
-        return _events_by_line(body, start)
-    found: list[Event] = []
-    at = 0
-    blocks = body.split(b"\n\n")
-    for block in blocks[:-1]:
-        at += len(block) + 2
-        if block.startswith(b"data: ") and b"\n" not in block:  # the shape of nearly every event
-            found.append((block[6:], at, b""))
-        elif event := _event(block.split(b"\n"), at):
-            found.append(event)
-    if blocks[-1].strip() in (b"data: [DONE]", b"data:[DONE]"):
-        found.append((b"[DONE]", len(body), b""))
-    return found
-
-
-def _events_by_line(body: bytes, start: int) -> list[Event]:
-    found: list[Event] = []
-    lines: list[bytes] = []
-    at = start
-    for ending in _LINE.finditer(body, start):
-        line = body[at : ending.start()]
-        at = ending.end()
-        if line:
-            lines.append(line)
-            continue
-        # The blank line is complete at its CR: the LF of a CRLF may come with the next read.
-        if event := _event(lines, ending.start() + 1):
-            found.append(event)
-        lines = []
-    if body[at:].strip() in (b"data: [DONE]", b"data:[DONE]") and not lines:
-        found.append((b"[DONE]", len(body), b""))
-    return found
-
-
-def _event(lines: Sequence[bytes], end: int) -> Event | None:
-    data: list[bytes] = []
-    comments: list[bytes] = []
-    kind = b""
-    for line in lines:
-        name, _, value = line.partition(b":")
-        value = value[1:] if value.startswith(b" ") else value
-        if name == b"data":
-            data.append(value)
-        elif name == b"event":
-            kind = value
-        elif name == b"error":  # llama.cpp before 2025 sent its errors as a field of this name
-            data, kind = [value], b"error"
-        elif not name:
-            comments.append(value)
-    if kind == b"error" and not data:  # Dynamo says what went wrong in comments
-        data = comments or [b"error"]
-    return (b"\n".join(data), end, kind) if data else None
 
 
 @dataclass(slots=True)
@@ -251,50 +187,15 @@ def _loads(data: bytes) -> Any:
         return json.loads(data)
 
 
-class _Alike:
-    """Events that differ from a fully read one only in the text of their choice, which need no JSON parser.
-
-    Servers send hundreds of events of one shape.  One whose text is a plain JSON string between the same bytes says
-    the same of everything else: one more piece of text, no error, no usage, no end.
-    """
-
-    def __init__(self) -> None:
-        self.before, self.after = b"no event begins with this", b""
-        self.text_at = self.missed = 0
-
-    def __call__(self, data: bytes) -> bool:
-        if not data.startswith(self.before) or not data.endswith(self.after):
-            return False
-        return bool(_PLAIN(data, self.text_at, len(data) - len(self.after)))
-
-    def learn(self, data: bytes, text: str) -> None:
-        """`data` holds one choice with `text` and tells nothing else that is counted."""
-        if self.missed > 8:  # each event differs in more than its text: leave it
-            return
-        self.missed += 1
-        found = list(_TEXT_KEYS.finditer(data))
-        said = orjson.dumps(text)[1:] if text.isascii() else b""
-        if len(found) == 1 and said and data.startswith(said, found[0].end()):
-            self.text_at = found[0].end()
-            self.before, self.after = data[: self.text_at], data[self.text_at + len(said) - 1 :]
-
-
-_PLAIN = re.compile(rb"[ !#-\[\]-~]+").fullmatch  # a JSON string without escapes, quotes and bytes beyond ASCII
-_TEXT_KEYS = re.compile(rb'"(?:text|content|reasoning_content|reasoning)": ?"')
-
-
 def _read_stream(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: Sequence[int]) -> None:
     said = 0  # completion tokens by usage so far, where the server tells continuously
-    alike = _Alike()
+    alike, follow = Alike(), b"\r" not in body
     choice_ends: list[int] = []  # of events with a choice
     text_at: list[int] = []  # which of those held text
-    for data, end, kind in events(body):
+    coming = events(body)
+    while event := next(coming, None):
+        data, end, kind = event
         answer.events += 1
-        if not kind and alike(data):
-            text_at.append(len(choice_ends))
-            choice_ends.append(end)
-            answer.arrival_tokens.append(1)
-            continue
         if data.strip() == b"[DONE]":
             answer.done = True
             break
@@ -327,6 +228,12 @@ def _read_stream(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: S
             if tokens == 1 and not choice.get("finish_reason") and not message.get("usage") and not ids:
                 alike.learn(data, text)
         choice_ends.append(end)
+        if follow and (run := alike.run(body, end)):
+            text_at += range(len(choice_ends), len(choice_ends) + len(run))
+            choice_ends += run
+            answer.arrival_tokens += [1] * len(run)
+            answer.events += len(run)
+            coming = events_from(body, run[-1])
     answer.text = bool(text_at)
     _stamp(answer, choice_ends, text_at, stamps_s, ends)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import psutil
 
-from harness import client, engines, machine, preflight, selftest, tokens, units
+from harness import client, launch, machine, preflight, selftest, tokens, units
 from harness.command import event_loop
 from harness.records import RidgelineError
 from harness.scenario import Scenario
@@ -208,10 +208,10 @@ def _client() -> Check:
 
 def _engine(scenario: Scenario) -> Check:
     if scenario.engine.kind != "url":
-        launch = engines.rehearsed(engines.from_scenario(scenario))
-        packages = ", ".join(f"{name} {version}" for name, version in sorted(launch.asked.get("packages", {}).items()))
+        ready = launch.rehearsed(launch.from_scenario(scenario))
+        packages = ", ".join(f"{name} {version}" for name, version in sorted(ready.asked.get("packages", {}).items()))
         return Check(
-            "engine", "ok", f"{scenario.engine.kind} can be started ({packages or launch.command[0]}), its port is free"
+            "engine", "ok", f"{scenario.engine.kind} can be started ({packages or ready.command[0]}), its port is free"
         )
     if not scenario.engine.url and not os.environ.get("OPENAI_BASE_URL"):
         return Check("engine", "absent", "no server named", "give a scenario or --url to have it looked at")

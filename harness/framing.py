@@ -39,4 +39,5 @@ def unframe(raw: memoryview | bytes, ends: Sequence[int]) -> tuple[bytes, list[i
     del body.parser  # each holds the other, and nobody collects what does so while a run goes on
     kept = body.pieces[: body.whole]
     sizes = list(accumulate(map(len, kept), initial=0))
-    return b"".join(kept), [sizes[min(n, len(kept))] for n in pieces[1:]]
+    sizes += sizes[-1:] * (len(body.pieces) - len(kept))
+    return b"".join(kept), [sizes[n] for n in pieces[1:]]

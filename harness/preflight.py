@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import resource
 import shutil
 import ssl
+import stat
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from harness import lengths, tokens, units
 from harness.plan import prompts_needed
+from harness.progress import Progress
 from harness.records import RidgelineError
 from harness.scenario import Scenario, Workload
-from harness.wire import Target, Wire, connect, resolve
+from harness.wire import Target, Wire, connect, parse_url, resolve
 
 LOOK_UP_S = 2.0
 CONNECT_S = 2.5
+PAGES_S = 5.0  # for all that needs no model: look-up, connection, TLS, and the server's pages
+PATIENCE_S = 2.0  # then it is said what is waited for
 FILES_SPARE = 64  # beside connections: pipes, journals, libraries
 RECORD_BYTES = 800  # of a record without its arrivals, in journal and parquet together
 ARRIVAL_BYTES = 12
@@ -29,9 +37,45 @@ def here(scenario: Scenario, folder: Path) -> None:
     if scenario.tokenizer and not tokens.tokenizer_file(scenario.tokenizer):
         raise RidgelineError(f"--tokenizer {scenario.tokenizer}: no tokenizer.json there; give its path or its folder")
     most = in_flight(scenario.workload)
-    _files(most)
-    _ports(most)
+    asked = scenario.at("workload", "max_in_flight" if scenario.workload.mode == "open" else "batch_sizes")
+    _descriptors(most, asked)
+    _ports(most, asked)
     _disk(folder, bytes_of(scenario.workload))
+
+
+def named(scenario: Scenario) -> None:
+    """The files and addresses that a scenario names.  Raises RidgelineError (code 2) with the key, and what is wrong."""
+    workload = scenario.workload
+    for key in ("prompts", "trace"):
+        _file(getattr(workload, key), scenario.at("workload", key))
+    for key in ("input_tokens", "output_tokens"):
+        _file(getattr(getattr(workload, key), "file", None), scenario.at("workload", key, "file"))
+    if scenario.engine.kind == "url" and not scenario.engine.url:
+        _address(os.environ.get("OPENAI_BASE_URL"), "OPENAI_BASE_URL")
+    _address(scenario.engine.url, scenario.at("engine", "url"))
+    for name, variant in scenario.variants.items():
+        _address(variant.url, scenario.at("variants", name, "url"))
+
+
+def _file(name: str | None, where: str) -> None:
+    if name is None:
+        return
+    try:
+        path = Path(name)
+        if path.is_dir():
+            raise IsADirectoryError(0, "is a folder")
+        if stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
+            path.open("rb").close()
+    except (OSError, ValueError) as problem:
+        said = getattr(problem, "strerror", None) or problem
+        raise RidgelineError(f"{where}: {name}: cannot be read: {said}; name a file that is there") from None
+
+
+def _address(url: str | None, where: str) -> None:
+    try:
+        parse_url(url or "localhost")
+    except RidgelineError as problem:
+        raise RidgelineError(f"{where}: {str(problem).removeprefix('--url: ')}") from None
 
 
 def in_flight(workload: Workload) -> int:
@@ -45,23 +89,23 @@ def bytes_of(workload: Workload) -> int:
     return SPARE_BYTES + (prompts_needed(workload) or 0) * (RECORD_BYTES + ARRIVAL_BYTES * longest)
 
 
-def _files(most: int) -> None:
+def _descriptors(most: int, asked: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = most + FILES_SPARE
     if hard != resource.RLIM_INFINITY and hard < need:
-        raise RidgelineError(f"{most} requests at once need {need} open files, and this shell allows {hard}; raise "
+        raise RidgelineError(f"{asked}: {most} requests at once need {need} open files, and this shell allows {hard}; raise "
                              "`ulimit -Hn`, or ask for fewer at once")  # fmt: skip
     if soft < need:
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
-def _ports(most: int) -> None:
+def _ports(most: int, asked: str) -> None:
     try:
         low, high = map(int, PORTS.read_text().split())
     except (OSError, ValueError):
         return  # not Linux: the system will say
     if most > high - low + 1:
-        raise RidgelineError(f"{most} requests at once need as many local ports, and this machine has {high - low + 1} "
+        raise RidgelineError(f"{asked}: {most} requests at once need as many local ports, and this machine has {high - low + 1} "
                              "(net.ipv4.ip_local_port_range); widen the range, or ask for fewer at once")  # fmt: skip
 
 
@@ -95,3 +139,34 @@ async def address_of(target: Target, tls: ssl.SSLContext | None) -> tuple[Any, .
                              "host and port right?", 6) from None  # fmt: skip
     wire.close()
     return address
+
+
+@contextlib.asynccontextmanager
+async def within(target: Target, limit_s: float = PAGES_S) -> AsyncIterator[None]:
+    """What needs no model has PAGES_S in all.  Raises RidgelineError (code 6)."""
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError:
+        raise RidgelineError(f"{target.url}: connection and first pages took longer than {limit_s:g} s; is the server up "
+                             "and not overloaded? A server this slow is not to be measured: --no-preflight asks it all "
+                             "the same", 6) from None  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def waiting(progress: Progress, what: str, limit_s: float) -> AsyncIterator[None]:
+    """Says what is waited for, once it takes a while, and then for how long already."""
+
+    async def tell() -> None:
+        await asyncio.sleep(PATIENCE_S)
+        progress.line(f"waiting for {what}; for at most {limit_s:g} s (limits.preflight_s)")
+        start_s = time.monotonic() - PATIENCE_S
+        while True:
+            progress.tick(f"waiting for {what}: {time.monotonic() - start_s:.0f} of {limit_s:g} s")
+            await asyncio.sleep(0.5)
+
+    teller = asyncio.ensure_future(tell())
+    try:
+        yield
+    finally:
+        teller.cancel()

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import itertools
 import os
 import platform
 import signal
 import ssl
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +26,22 @@ from harness import (
     machine,
     openai_wire,
     preflight,
-    recorder,
     redaction,
+    selftest,
     server,
-    stats,
     store,
     tokens,
 )  # fmt: skip
 from harness.client import Client
-from harness.loadgen import Player, Timers
-from harness.plan import Point, asks_of, counts_of, points_of, prompts_needed, trial_requests
+from harness.loadgen import Timers
+from harness.plan import asks_of, points_of, prompts_needed
 from harness.progress import Progress
 from harness.recording import Recorder
-from harness.records import Request, RidgelineError
-from harness.scenario import Scenario, Workload, dump
-from harness.tally import Tally, count
-from harness.wire import Exchange, Target, clock, resolve
-from harness.workers import Crew, Job
+from harness.records import RidgelineError
+from harness.scenario import Scenario, dump
+from harness.session import Session
+from harness.sweep import sweep
+from harness.wire import Target, clock, resolve
 
 GRACE_AT_END_S = 2.0  # the same, when the run's own time is over
 READY_S = 5.0  # a server's metrics page may take so long to be read first
@@ -60,109 +57,7 @@ class Outcome:
     at_once: bool = False  # stopped twice: nothing more is to be done
 
 
-MIN_TRIALS = 3  # fewer give no interval
-
-
-def schedule(workload: Workload, settled: Callable[[Point], bool] = lambda point: True) -> Iterator[tuple[int, Point]]:
-    """(trial, point) in the order of play.  Points take turns in shuffled order when there are several trials, so that
-    a drift of the machine does not pass for an effect of the batch size.  Where a precision is asked for, a point that
-    is not `settled` gets another trial."""
-    rng = np.random.default_rng([workload.seed, 7])
-    points = points_of(workload)
-    least = max(workload.trials, MIN_TRIALS) if workload.precision else workload.trials
-    for group in [points] if workload.interleave else [[point] for point in points]:
-        for trial in itertools.count():
-            due = [point for point in group if trial < least or not settled(point)]
-            if not due:
-                break
-            yield from ((trial, due[i]) for i in (rng.permutation(len(due)) if least > 1 else range(len(due))))
-
-
-async def is_settled(session: Session, point: Point, spent_s: float, trial: int) -> bool:
-    """Whether a point's intervals are as narrow as asked, or its time is over; from what the recorder has written."""
-    workload = session.scenario.workload
-    if workload.precision is None or spent_s >= workload.max_time_s:
-        return True
-    for _ in range(100):
-        found = store.load(session.folder)
-        if any(
-            e.get("event") == "trial_end" and (e["point"], e["trial"]) == (point.index, trial) for e in found.events
-        ):
-            break
-        await asyncio.sleep(0.05)
-    tally = Tally(workload.mode, point.batch_size or 0)
-    count({point.index: tally}, found.blocks)
-    return stats.within(tally.row(), workload.precision)
-
-
-@dataclass(slots=True)
-class Session:
-    """What one run needs while it goes on."""
-
-    scenario: Scenario
-    folder: Path
-    progress: Progress
-    info: dict[str, Any]
-    t0_s: float
-    player: Player | Crew | None = None
-    recorder: Recorder | None = None
-    probe: subprocess.Popen[bytes] | None = None
-    stopped_by: int = 0
-    stopped_why: str = ""
-    at_once: bool = False
-    finished: frozenset[tuple[int, int]] = frozenset()  # (point, trial) that a resumed run has already
-    first_id: int = 0
-    upto: int | None = None  # trials to be had when this play ends; None: all
-    now: dict[str, Any] = field(default_factory=lambda: {"done": 0, "errors": 0, "total": None, "label": ""})
-
-    def save(self) -> None:
-        store.write_json(self.folder / store.RUN, redaction.scrubbed(self.info))
-
-    def stop(self, number: int, task: asyncio.Task[Any]) -> None:
-        """First signal: send no more, let what is in flight end within the grace.  Second: at once."""
-        if self.stopped_by or self.player is None:
-            self.stopped_by, self.at_once = number, bool(self.stopped_by)
-            task.cancel()
-            return
-        self.stopped_by = number
-        self.drain(f"{signal.Signals(number).name} (once more: at once)", self.scenario.limits.grace_s, task)
-
-    def drain(self, why: str, grace_s: float, task: asyncio.Task[Any]) -> None:
-        """Send no more; what is in flight may end within the grace."""
-        if self.stopped_why:
-            return
-        self.stopped_why = why
-        if self.player is None:
-            task.cancel()
-            return
-        self.progress.line(f"stopping: {why}; {len(self.player.busy)} requests in flight may end within {grace_s:g} s")
-        self.player.stop()
-        asyncio.get_running_loop().call_later(grace_s, task.cancel)
-
-    def sink(self, point: Point, trial: int, exchange: Exchange) -> None:
-        assert self.recorder is not None
-        self.now["done"] += 1
-        self.now["errors"] += exchange.ending != "complete" or exchange.status != 200
-        assert isinstance(self.player, Player)
-        self.recorder.put(recorder.pack_exchange(exchange, point.index, trial, self.t0_s, self.player.start_s))
-
-    async def show(self) -> None:
-        start_s = time.monotonic()
-        while True:
-            await asyncio.sleep(0.25)
-            now, player = self.now, self.player
-            total = f"/{now['total']}" if now["total"] else ""
-            flying = len(player.busy) if player else 0
-            errors = f", {now['errors']} failed" if now["errors"] else ""
-            self.progress.tick(f"{now['label']}: {now['done']}{total} requests, {flying} in flight{errors}, "
-                               f"{time.monotonic() - start_s:.0f} s")  # fmt: skip
-
-
 def provenance(scenario: Scenario, command: list[str]) -> dict[str, Any]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    from harness import selftest
-
     versions = {}
     for name in ("aiohttp", "httptools", "numpy", "orjson", "plotly", "openai", "pyarrow", "tokenizers", "uvloop"):
         with contextlib.suppress(PackageNotFoundError):
@@ -283,7 +178,7 @@ def _leave_nothing_empty(session: Session) -> None:
 @contextlib.asynccontextmanager
 async def _server(session: Session) -> AsyncIterator[tuple[Target, Any]]:
     """The server to ask: started here and stopped at the end, or one that is already there."""
-    from harness import engines
+    from harness import engines, launch
 
     key = client.key_from(session.scenario.api_key_env, session.scenario.api_key_file)
     redaction.guard(key)
@@ -291,32 +186,19 @@ async def _server(session: Session) -> AsyncIterator[tuple[Target, Any]]:
     if spec.kind == "url":
         yield client.target_from(spec.url, key), None
         return
-    async with engines.launched(
-        engines.from_scenario(session.scenario, key), session.folder, session.progress.line
-    ) as engine:
+    wanted = launch.from_scenario(session.scenario, key)
+    async with engines.launched(wanted, session.folder, session.progress.line) as engine:
         yield client.target_from(engine.url, key), engine
 
 
 async def _measure(session: Session, target: Target, engine: Any) -> None:
-    scenario, workload = session.scenario, session.scenario.workload
+    scenario = session.scenario
     tls = ssl.create_default_context() if target.scheme == "https" else None
-    asking = scenario.client.preflight
-    address = await (preflight.address_of(target, tls) if asking else resolve(target))
     async with client.session(target) as http:
-        ask = Client(target, http, workload.api, first_s=min(scenario.limits.preflight_s, scenario.limits.total_s))
-        await (_preflight(session, ask, engine) if asking else _trust(session, ask))
-        needed = prompts_needed(workload)
-        asks, texts = asks_of(workload)
-        session.progress.line(f"{ask.model} at {target.url}: preparing {needed or 'as many as needed'} prompts"
-                              + ("" if texts or workload.trace else f" of {lengths.say(workload.model_dump()['input_tokens'])} tokens"))  # fmt: skip
-        where = session.info["engine"].get("model_path")
-        counter = await tokens.find(scenario.tokenizer, where, ask) if asking else tokens.untold(scenario.tokenizer)
-        if texts:
-            prompts = tokens.Prompts(texts, "given", str(workload.prompts or workload.trace), 0, False, asks=asks)
-        else:
-            prompts = await tokens.build(counter, ask.input_tokens if asking else tokens.no_answer, asks, needed or 1 << 18, workload.seed,
-                                         lambda n: session.progress.tick(f"{n} prompts"), workload.same_prompt,
-                                         workload.shared_prefix)  # fmt: skip
+        first_s = min(scenario.limits.preflight_s, scenario.limits.total_s)
+        ask = Client(target, http, scenario.workload.api, first_s=first_s)
+        address = await (_preflight(session, ask, tls, engine) if scenario.client.preflight else _trust(session, ask))
+        prompts = await _prompts(session, ask)
     session.info["prompts"] = {"source": prompts.source, "detail": prompts.detail, "offset": prompts.offset,
                                "proven": prompts.proven}  # fmt: skip
     session.info["t0_monotonic_s"] = session.t0_s
@@ -326,7 +208,7 @@ async def _measure(session: Session, target: Target, engine: Any) -> None:
     session.recorder = await Recorder.start(session.folder / store.JOURNAL, target.key)
     session.probe = await _start_probe(session.folder, target, scenario.engine.same_machine)
     try:
-        await _sweep(session, target, address, tls, timers, ask, prompts)
+        await sweep(session, target, address, tls, timers, ask, prompts)
     finally:
         if session.player:
             session.player.close()
@@ -338,20 +220,23 @@ async def _measure(session: Session, target: Target, engine: Any) -> None:
                                  f"`ridgeline report {session.folder}` or `ridgeline run --resume {session.folder}`")  # fmt: skip
 
 
-async def _trust(session: Session, ask: Client) -> None:
-    """Take the user's word for everything: no request goes before the first of the plan."""
+async def _trust(session: Session, ask: Client) -> tuple[Any, ...]:
+    """Take the user's word for everything: no request goes before the first of the plan.  The server's address."""
     ask.model = session.scenario.model or "model"
     session.info |= {"model": ask.model, "engine": {"url": ask.target.url, "launched": False, "kind": "unknown"},
                      "request": ask.as_dict()}  # fmt: skip
+    return await resolve(ask.target)
 
 
-async def _preflight(session: Session, ask: Client, engine: Any) -> None:
-    """Find model, version and options; everything learned goes into run.json.  Raises RidgelineError (code 6)."""
+async def _preflight(session: Session, ask: Client, tls: ssl.SSLContext | None, engine: Any) -> tuple[Any, ...]:
+    """Find address, model, version and options; everything learned goes into run.json.  Raises RidgelineError (code 6)."""
     scenario = session.scenario
-    entry = await ask.find_model(scenario.model)
-    ask.model = str(entry["id"])
-    props = await client.props_of(ask) if entry.get("owned_by") == "llamacpp" else {}
-    said = await client.version_of(ask, entry, props)
+    async with preflight.within(ask.target):
+        address = await preflight.address_of(ask.target, tls)
+        entry = await ask.find_model(scenario.model)
+        ask.model = str(entry["id"])
+        props = await client.props_of(ask) if entry.get("owned_by") == "llamacpp" else {}
+        said = await client.version_of(ask, entry, props)
     session.info["model"] = ask.model
     info: dict[str, Any] = {"url": ask.target.url, "launched": engine is not None} | said
     if engine is not None:
@@ -359,116 +244,26 @@ async def _preflight(session: Session, ask: Client, engine: Any) -> None:
     elif path := client.local_model_path(entry, props):
         info["model_path"] = path
     session.info["engine"] = info
-    await ask.negotiate(min(4, lengths.longest(scenario.workload.model_dump()["output_tokens"]) or 4))
+    async with preflight.waiting(session.progress, f"a first answer of {ask.model} at {ask.target.url}", ask.first_s):
+        await ask.negotiate(min(4, lengths.longest(scenario.workload.model_dump()["output_tokens"]) or 4))
     session.info["request"] = ask.as_dict()
+    return address
 
 
-async def _sweep(session: Session, target: Target, address: tuple[Any, ...], tls: ssl.SSLContext | None, timers: Timers,
-                 ask: Client, prompts: tokens.Prompts) -> None:  # fmt: skip
-    workload = session.scenario.workload
-    numbers = itertools.count(session.first_id)
-    here: tuple[Point, int] = (points_of(workload)[0], 0)
-
-    def encode(request: Request) -> bytes:
-        path, body = ask.body(request.prompt, request.output_tokens)
-        return target.request_bytes(path, body)
-
-    assert session.recorder is not None
-    player = await _crew(session, target, timers, ask) or _player_of(workload)(
-        target, address, tls, timers, encode, lambda x: session.sink(*here, x), session.recorder.room
-    )
-    session.player = player
-    watch = asyncio.ensure_future(session.recorder.process.wait())
-    watch.add_done_callback(lambda _: player.stop())  # no records, no requests
-    shown = asyncio.ensure_future(session.show())
-    try:
-        spent_s: dict[int, float] = {}
-        settled: dict[int, bool] = {}
-        for trial, point in schedule(workload, lambda point: settled.get(point.index, workload.precision is None)):
-            if session.stopped_by or session.stopped_why or watch.done() or trial == session.upto:
-                break
-            if (point.index, trial) in session.finished:
-                settled[point.index] = True
-                continue
-            here = (point, trial)
-            if isinstance(player, Crew):
-                player.point, player.trial = point.index, trial
-            warm, measured = counts_of(workload, point)
-            label = point.label + (f", trial {trial + 1}" if workload.trials > 1 or workload.precision else "")
-            session.now.update(done=0, errors=0, total=warm + measured if measured else None, label=label)
-            slots = point.batch_size or workload.max_in_flight
-            ahead = 0 if measured and measured <= 4096 else max(256, 2 * slots)
-            first_id = next(numbers)  # records of this trial with earlier ids, from before a resumption, are not of it
-            numbers = itertools.count(first_id)
-            session.recorder.event(event="trial_start", point=point.index, trial=trial, at_s=clock(), first_id=first_id,
-                                   planned=measured)  # fmt: skip
-            requests = trial_requests(workload, point, trial, prompts, numbers)
-            before = _machine_times()
-            senses = await player.play(requests, slots, barrier=workload.mode == "wave", ahead=ahead,
-                                       until_s=workload.duration_s or float("inf"))  # fmt: skip
-            if player.gone:
-                session.stopped_why = f"the server is gone: no connection could be opened for {player.gone:.0f} s"
-            session.recorder.event(event="trial_end", point=point.index, trial=trial,
-                                   stopped=bool(session.stopped_by or session.stopped_why), senses=senses.as_dict() | _machine_shares(before))  # fmt: skip
-            await _sense(session.probe)
-            spent_s[point.index] = spent_s.get(point.index, 0.0) + senses.ended_s - senses.started_s
-            settled[point.index] = (workload.precision is None or trial + 1 >= MIN_TRIALS) and await is_settled(
-                session, point, spent_s[point.index], trial
-            )
-            session.progress.line(f"{label}: {session.now['done']} requests in "
-                                  f"{senses.ended_s - senses.started_s:.1f} s, {session.now['errors']} failed")  # fmt: skip
-    finally:
-        shown.cancel()
-        watch.cancel()
-        if isinstance(player, Crew) and (said := await asyncio.shield(player.dismiss())):
-            session.progress.line(f"a worker complained: {said.splitlines()[-1]}")
-
-
-def _player_of(workload: Workload) -> type[Player]:
-    return openai_wire.OpenAIPlayer if workload.transport == "openai" else Player
-
-
-async def _crew(session: Session, target: Target, timers: Timers, ask: Client) -> Crew | None:
-    """Workers, where the scenario asks for more than one; None: this process plays by itself."""
-    wanted, workload = session.scenario.client, session.scenario.workload
-    count = machine.usable_cores() if wanted.workers == "auto" else wanted.workers
-    if count == 1 and not wanted.ray:
-        return None
-    if workload.transport == "openai":
-        raise RidgelineError(
-            "client.workers: workload.transport openai plays in one process; leave workers and ray out"
-        )
-    if any(counts_of(workload, point)[1] is None for point in points_of(workload)):
-        raise RidgelineError("client.workers: a plan without end cannot be dealt out; give workload.requests or waves")
-    where = (target.scheme, target.host, target.port, target.prefix)
-    journal = str((session.folder / store.JOURNAL).absolute())
-    job = Job(where, dataclasses.asdict(timers), ask.api, ask.model, ask.no_stop, ask.usage, journal, session.t0_s)
-
-    def note(ended: int, failed: int) -> None:
-        session.now["done"] += ended
-        session.now["errors"] += failed
-
-    crew = await Crew.hire(count, wanted.ray, job, target.key, note)
-    session.info["client"] = {"workers": count, "ray": wanted.ray, "clock_error_s": max(h.error_s for h in crew.hands)}
-    session.save()
-    return crew
-
-
-def _machine_times() -> Any:
-    import psutil
-
-    return psutil.cpu_times()
-
-
-def _machine_shares(before: Any) -> dict[str, float | None]:
-    """How busy this machine's cores were since, and how much of them the hypervisor took."""
-    after = _machine_times()
-    total = sum(after) - sum(before)
-    if total <= 0:
-        return {"machine_cpu_share": None, "steal_share": None}
-    idle = (after.idle + getattr(after, "iowait", 0)) - (before.idle + getattr(before, "iowait", 0))
-    steal = getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)
-    return {"machine_cpu_share": 1 - idle / total, "steal_share": steal / total}
+async def _prompts(session: Session, ask: Client) -> tokens.Prompts:
+    """The run's prompts: given ones, or made to length by the nearest way to count."""
+    scenario, workload = session.scenario, session.scenario.workload
+    asking, say = scenario.client.preflight, session.progress
+    needed = prompts_needed(workload)
+    asks, texts = asks_of(workload)
+    say.line(f"{ask.model} at {ask.target.url}: preparing {needed or 'as many as needed'} prompts"
+             + ("" if texts or workload.trace else f" of {lengths.say(workload.model_dump()['input_tokens'])} tokens"))  # fmt: skip
+    where = session.info["engine"].get("model_path")
+    counter = await tokens.find(scenario.tokenizer, where, ask) if asking else tokens.untold(scenario.tokenizer)
+    if texts:
+        return tokens.Prompts(texts, "given", str(workload.prompts or workload.trace), 0, False, asks=asks)
+    return await tokens.build(counter, ask.input_tokens if asking else tokens.no_answer, asks, needed or 1 << 18, workload.seed,
+                              lambda n: say.tick(f"{n} prompts"), workload.same_prompt, workload.shared_prefix)  # fmt: skip
 
 
 async def _start_probe(folder: Path, target: Target, same_machine: bool | None) -> subprocess.Popen[bytes]:
@@ -481,13 +276,6 @@ async def _start_probe(folder: Path, target: Target, same_machine: bool | None) 
     with contextlib.suppress(TimeoutError):  # until its first sample is written: starting up costs the core
         await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), READY_S)
     return process
-
-
-async def _sense(probe: subprocess.Popen[bytes] | None) -> None:
-    """Have the server's senses read now, between trials, so that its counters' rise is that of this trial alone."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.write(probe.stdin.fileno(), b".")  # type: ignore[union-attr]
-    await asyncio.sleep(0.05)
 
 
 def _stop_probe(process: subprocess.Popen[bytes]) -> None:

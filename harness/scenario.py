@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-import re
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -16,17 +16,34 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PrivateAttr,
     Tag,
     ValidationError,
     model_validator,
 )
 
-from harness import units
+from harness import units, yaml_lines
 from harness.arrivals import ARRIVALS
 from harness.endings import is_secret
 from harness.records import RidgelineError
+from harness.yaml_lines import Lines, dotted
 
-MAX_BYTES = 1_000_000
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where each key of a scenario stands.  No part of its value: two scenarios are equal wherever they were written."""
+
+    where: str = field(default="scenario", compare=False)
+    lines: Lines = field(default_factory=dict, compare=False)
+    options: frozenset[tuple[Any, ...]] = field(default=frozenset(), compare=False)  # keys that an option has set
+
+    def line_of(self, path: tuple[Any, ...]) -> str:
+        """`FILE:LINE` of the innermost key of the path that the file has, or what else has set it."""
+        if any(path[: len(key)] == key for key in self.options):
+            return "the options"
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.where}:{self.lines[path]}" if path in self.lines else self.where
 
 
 def _written(kind: str) -> BeforeValidator:
@@ -373,67 +390,32 @@ class Scenario(Part):
     batch sizes); the first is the base of a comparison."""
     interleave: bool = False
     """Variants take turns, one trial of all points each, in the order ABBA; servers are started anew for each."""
+    _places: Places = PrivateAttr(default_factory=Places)
+
+    @property
+    def places(self) -> Places:
+        return self._places
+
+    def at(self, *path: str) -> str:
+        """How an error names a key: `FILE:LINE: workload.batch_sizes`."""
+        return f"{self._places.line_of(path)}: {dotted(path)}"
 
 
 def load(text: str, where: str = "scenario") -> Scenario:
     """Parse and validate.  Raises RidgelineError (code 2): `where:line: key: what is wrong, what is allowed`."""
-    if len(text) > MAX_BYTES:
-        raise RidgelineError(f"{where}:1: (top): {len(text):,} characters; a scenario has at most {MAX_BYTES:,}")
+    values, lines = yaml_lines.read(text, where)
+    return validate(values, where, Places(where, lines))
+
+
+def validate(values: dict[str, Any], where: str, places: Places | None = None) -> Scenario:
+    """Values -> Scenario.  `places`: where each key stands, if in a file.  Raises RidgelineError (code 2)."""
+    places = places or Places(where)
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is None:
-            raise RidgelineError(
-                f"{where}:1: (top): the file is empty; `ridgeline config init` writes one to start from"
-            )
-        lines = _lines(node, where)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
-        mark = getattr(problem, "problem_mark", None) or getattr(problem, "context_mark", None)
-        line = mark.line + 1 if mark else 1
-        said = getattr(problem, "problem", None) or str(problem).split("\n")[0]
-        raise RidgelineError(f"{where}:{line}: {_key_near(text, line)}: not valid YAML: {said}") from None
-    except RecursionError:
-        raise RidgelineError(f"{where}:1: (top): not valid YAML: nested too deeply") from None
-    except (ValueError, OverflowError) as problem:  # an impossible date, a number of a thousand digits
-        line, key = _unreadable(node)
-        raise RidgelineError(f"{where}:{line}: {key}: cannot be read: {str(problem)[:200]}") from None
-    if not isinstance(values, dict):
-        raise RidgelineError(f"{where}:1: (top): expected keys and values at the top, got {type(values).__name__}")
-    return validate(values, where, lines)
-
-
-_KEY = re.compile(r"^[\s?{,-]*([^\s:#{\[,'\"][^:#{\[,'\"]*?)\s*:(?=\s|$)")
-
-
-def _key_near(text: str, line: int) -> str:
-    """The last key that stands at this line (from 1) or above it."""
-    for above in reversed(text.split("\n")[:line]):
-        if found := _KEY.match(above):
-            return found[1][:80]
-    return "(top)"
-
-
-def _unreadable(node: Any, path: tuple[Any, ...] = ()) -> tuple[int, str]:
-    """(line, key) of the first value that YAML's own types cannot hold."""
-    pairs = [((*path, getattr(key, "value", "?")), value) for key, value in node.value] if isinstance(
-        node, yaml.MappingNode) else [((*path, i), value) for i, value in enumerate(node.value)] if isinstance(
-        node, yaml.SequenceNode) else []  # fmt: skip
-    for at, value in pairs:
-        try:
-            yaml.SafeLoader("").construct_object(value, deep=True)
-        except (ValueError, OverflowError):
-            return _unreadable(value, at)
-        except yaml.YAMLError:
-            continue
-    return node.start_mark.line + 1, _dotted(path)
-
-
-def validate(values: dict[str, Any], where: str, lines: dict[tuple[Any, ...], int] | None = None) -> Scenario:
-    try:
-        return Scenario.model_validate(values)
+        found = Scenario.model_validate(values)
     except ValidationError as problem:
-        first = problem.errors(include_url=False)[0]
-        raise RidgelineError(_explain(first, where, lines or {})) from None
+        raise RidgelineError(_explain(problem.errors(include_url=False)[0], places)) from None
+    found._places = places
+    return found
 
 
 def schema() -> str:
@@ -441,43 +423,9 @@ def schema() -> str:
     return json.dumps(Scenario.model_json_schema(by_alias=True), indent=1, sort_keys=True)
 
 
-def _lines(
-    node: Any, where: str, path: tuple[Any, ...] = (), seen: set[int] | None = None
-) -> dict[tuple[Any, ...], int]:
-    """The line of each key.  A key that stands twice is an error: YAML would silently take the last."""
-    seen = set() if seen is None else seen
-    if len(path) > 50:
-        raise RidgelineError(f"{where}:{node.start_mark.line + 1}: {_dotted(path)[:80]}: nested too deeply")
-    if id(node) in seen:  # a few lines of aliases can stand for gigabytes
-        raise RidgelineError(f"{where}:{node.start_mark.line + 1}: {_dotted(path)}: aliases (*name) are not allowed")
-    seen.add(id(node))
-    found = {path: node.start_mark.line + 1}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            at = (*path, getattr(key, "value", None) if isinstance(key, yaml.ScalarNode) else None)
-            if at in found:
-                raise RidgelineError(f"{where}:{key.start_mark.line + 1}: {_dotted(at)}: stands twice")
-            found |= _lines(value, where, at, seen)
-            found[at] = key.start_mark.line + 1
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            found |= _lines(value, where, (*path, i), seen)
-    return found
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    text = ""
-    for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f"{'.' if text else ''}{step}"
-    return text or "(top)"
-
-
-def _explain(error: Any, where: str, lines: dict[tuple[Any, ...], int]) -> str:
+def _explain(error: Any, places: Places) -> str:
     path = tuple(step for step in error["loc"] if step not in TAGS)
-    known = path
-    while known and known not in lines:
-        known = known[:-1]
-    key, value = _dotted(path), error.get("input")
+    key, value = dotted(path), error.get("input")
     said = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         said = _unknown_key(path)
@@ -486,8 +434,7 @@ def _explain(error: Any, where: str, lines: dict[tuple[Any, ...], int]) -> str:
             key, _, said = f"{key}.{said}".partition(": ")
     else:
         said = f"got {_short(value)}; {said[:1].lower()}{said[1:]}"
-    line = f":{lines[known]}" if known in lines else ""
-    return f"{where}{line}: {key}: {said}"
+    return f"{places.line_of(path)}: {key}: {said}"
 
 
 def _short(value: Any) -> str:
@@ -504,8 +451,8 @@ def _kinds(annotation: Any) -> list[Any]:
 def _unknown_key(path: tuple[Any, ...]) -> str:
     part: Any = Scenario
     for step in path[:-1]:
-        field = part.model_fields.get(step) if hasattr(part, "model_fields") else None
-        part = field.annotation if field else None
+        info = part.model_fields.get(step) if hasattr(part, "model_fields") else None
+        part = info.annotation if info else None
         part = next((kind for kind in _kinds(part) if hasattr(kind, "model_fields")), None)
     allowed = sorted(f.alias or n for n, f in part.model_fields.items()) if hasattr(part, "model_fields") else []
     near = difflib.get_close_matches(str(path[-1]), allowed, 1)
@@ -516,21 +463,21 @@ def _unknown_key(path: tuple[Any, ...]) -> str:
 def commented() -> str:
     """A scenario with every key, its default and its meaning."""
     lines = ["# A Ridgeline scenario: `ridgeline run THIS_FILE`.  Every key has a default; keep what you change."]
-    for name, field in Scenario.model_fields.items():
-        part = field.annotation
+    for name, info in Scenario.model_fields.items():
+        part = info.annotation
         if isinstance(part, type) and issubclass(part, Part):
             lines += ["", f"# {(part.__doc__ or '').strip()}", f"{name}:"]
             lines += ["  " + _commented_key(key, inner) for key, inner in part.model_fields.items()]
         else:
-            lines.append(_commented_key(name, field))
+            lines.append(_commented_key(name, info))
     return "\n".join(lines) + "\n"
 
 
-def _commented_key(name: str, field: Any) -> str:
-    default = field.get_default(call_default_factory=True)
+def _commented_key(name: str, info: Any) -> str:
+    default = info.get_default(call_default_factory=True)
     value = "" if default is None else json.dumps(default)
-    key = field.alias or name
-    return f"{'# ' if default is None else ''}{key}: {value}".rstrip() + f"  # {' '.join(field.description.split())}"
+    key = info.alias or name
+    return f"{'# ' if default is None else ''}{key}: {value}".rstrip() + f"  # {' '.join(info.description.split())}"
 
 
 def dump(scenario: Scenario) -> str:

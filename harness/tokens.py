@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from harness import prompts
-from harness.client import Client
+from harness.client import GET_S, Client
 from harness.lengths import Asks
 from harness.records import RidgelineError
 
@@ -70,9 +70,9 @@ async def find(tokenizer: str | None, model_path: str | None, client: Client) ->
     for key, fixed in (("prompt", {"model": client.model}), ("content", {"add_special": True})):
         counter = _server(client, key, fixed)
         try:
-            if await counter.count("one two three") > 0:
+            if await asyncio.wait_for(counter.count("one two three"), GET_S) > 0:
                 return counter
-        except (RidgelineError, KeyError, TypeError):
+        except (RidgelineError, KeyError, TypeError, TimeoutError):
             continue
     return Counter("usage", _never, "bisection on the server's usage")
 

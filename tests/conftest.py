@@ -41,6 +41,17 @@ def simulated() -> Iterator[Callable[..., str]]:
         process.wait(10)
 
 
+@pytest.fixture(scope="session")
+def rig() -> Iterator[str]:
+    """The base URL of the rig of faults (tests/faults.py)."""
+    process = subprocess.Popen([sys.executable, "-m", "tests.faults"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True, cwd=ROOT)  # fmt: skip
+    assert process.stdout is not None and process.stdin is not None
+    yield process.stdout.readline().split()[1]
+    process.stdin.close()
+    process.wait(10)
+
+
 @pytest.fixture
 def ridgeline(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command in an empty folder."""

@@ -29,12 +29,12 @@ from harness.theory.fit import least_squares
 
 # table's name -> (row of the hardware table, prefixes of the rows that take these curves, bytes of L2 cache)
 SYSTEMS = {
-    "a100_sxm": ("A100-SXM-80GB", "A100;A30", 40e6),
+    "a100_sxm": ("A100-SXM-80GB", "A100;A800;A30", 40e6),
     "h100_sxm": ("H100-SXM-80GB", "H100;GH200;H800", 50e6),
     "h200_sxm": ("H200-SXM", "H200;H20", 50e6),
-    "l40s": ("L40S", "L40S;L40;L4;RTX-4090;RTX-6000-Ada;RTX-5000-Ada", 96e6),
-    "b200_sxm": ("B200-SXM", "B200;GB200;B300", 126e6),
-    "rtx_pro_6000_server": ("RTX-PRO-6000-Blackwell-Server", "RTX-PRO-6000;RTX-5090", 128e6),
+    "l40s": ("L40S", "L40S;L40;L4;L20;RTX-4090;RTX-4080;RTX-4070-Ti;RTX-6000-Ada;RTX-5000-Ada;RTX-4000-Ada", 96e6),
+    "b200_sxm": ("B200-SXM", "B200;GB200;B300;GB300", 126e6),
+    "rtx_pro_6000_server": ("RTX-PRO-6000-Blackwell-Server", "RTX-PRO-6000;RTX-5090;RTX-5080", 128e6),
     "b60": ("Arc-Pro-B60", "Arc-Pro-B60", 18e6),
 }
 # table's dtype -> (ours, dtype of the peak, bytes of a weight, of an activation).  Block-scaled fp8 of vLLM on these
@@ -54,7 +54,7 @@ PCIE = ("L40S", "RTX")
 # Shares of the dense peak that others measured, for hardware without tables: maximum achievable matmul FLOPS of
 # stas00/ml-engineering (MI300X 668 of 1307 TFLOPS, Gaudi2 419 of 432), and 43 % of 125 TFLOPS on an A10 (karpathy/llm.c
 # pull request 621).  What is not stated is as of "*".
-STATED = {"MI300X;MI325X;MI355X": 0.51, "Gaudi2": 0.87, "A10": 0.5}
+STATED = {"MI300X;MI325X;MI350X;MI355X": 0.51, "Gaudi2": 0.87, "A10": 0.5}
 COLUMNS = ("hardware", "reference", "kernel", "dtype", "gpus", "latency_us", "bandwidth", "compute", "sharpness", "half_length",
            "error", "rows")  # fmt: skip
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +75,13 @@ def _cuttings(count: int) -> None:
         if (path, line) not in WHOLE:
             WHOLE[path, line] = (
                 dialects.interpret(body, [0.0], [len(body)], 200, "complete", 150),
-                dialects.events(body),
+                list(dialects.events(body)),
             )
         whole, events = WHOLE[path, line]
         raw = chunked(body, sizes)
         ends = sorted({min(cut + 1, len(raw)) for cut in cuts} | {len(raw)})
         found, body_ends = unframe(raw, ends)
-        assert found == body and dialects.events(found) == events
+        assert found == body and list(dialects.events(found)) == events
         answer = dialects.interpret(found, [float(end) for end in ends], body_ends, 200, "complete", 150)
         assert (answer.arrival_tokens, answer.output_tokens, answer.error_class) == (
             whole.arrival_tokens,
@@ -162,7 +164,7 @@ def test_ten_thousand_damaged_streams_are_read_without_a_failure_of_ours() -> No
     ],
 )
 def test_events_follow_the_standard(name: str, body: bytes, datas: list[bytes]) -> None:
-    assert [data for data, _, _ in dialects.events(body)] == datas
+    assert [data for data, _, _ in list(dialects.events(body))] == datas
 
 
 @pytest.mark.parametrize(
@@ -280,35 +282,41 @@ def test_a_request_asks_for_the_exact_length_and_for_usage(api: str) -> None:
     assert said["stream_options"] == {"include_usage": True}
 
 
-EVENTS = st.sampled_from(["a", " b", "", 'q"', "\\", "ü", "\x01", "[DONE]"]).flatmap(
-    lambda text: st.sampled_from(
-        [
-            {"choices": [{"index": 0, "text": text, "finish_reason": None}], "usage": None},
-            {"choices": [{"index": 0, "text": text, "finish_reason": "stop"}], "usage": None},
-            {"choices": [{"index": 0, "text": text, "finish_reason": None}], "usage": {"completion_tokens": 4}},
-            {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]},
-            {"choices": [{"index": 0, "text": text, "token_ids": [1, 2]}]},
-            {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 9}},
-            {"error": text},
-        ]
-    )
+SHAPES: list[Callable[[str], dict[str, Any]]] = [
+    lambda text: {"choices": [{"index": 0, "text": text, "finish_reason": None}], "usage": None},
+    lambda text: {"choices": [{"index": 0, "text": text, "finish_reason": "stop"}], "usage": None},
+    lambda text: {"choices": [{"index": 0, "text": text, "finish_reason": None}], "usage": {"completion_tokens": 4}},
+    lambda text: {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]},
+    lambda text: {"choices": [{"index": 0, "text": text, "token_ids": [1, 2]}]},
+    lambda text: {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 9}},
+    lambda text: {"error": text},
+]
+TEXTS = st.lists(
+    st.sampled_from(["a", " b", "", 'q"', "\\", "\n", "ü", "\x01", "[DONE]", '"}]}\n\ndata: ']), min_size=1, max_size=9
 )
+EVENTS = st.tuples(st.sampled_from(SHAPES), TEXTS).map(lambda given: [given[0](text) for text in given[1]])
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(EVENTS, max_size=30), st.binary(max_size=3))
+@given(
+    st.lists(EVENTS, max_size=6).map(lambda runs: [one for run in runs for one in run]),
+    st.binary(max_size=3),
+    st.integers(0, 60),
+)
 def test_events_of_one_shape_mean_what_a_full_reading_of_each_says(
-    messages: list[dict[str, Any]], noise: bytes
+    messages: list[dict[str, Any]], noise: bytes, at: int
 ) -> None:
     """Spaces that mean nothing in JSON make each event unlike the one before, so that each is parsed."""
     plain = [orjson.dumps(m) for m in messages]
     if plain:  # bytes that are no JSON string must be seen in either
-        plain[-1] = plain[-1].replace(b'"a"', b'"' + noise.replace(b"\n", b"").replace(b"\r", b"") + b'"')
+        at %= len(plain)
+        plain[at] = plain[at].replace(b'"a"', b'"' + noise.replace(b"\n", b"").replace(b"\r", b"") + b'"')
     unlike = [b"{" + b" " * (i + 1) + data[1:] for i, data in enumerate(plain)]
     told = []
     for datas in (plain, unlike):
+        ends = list(itertools.accumulate(len(data) + 8 for data in datas))
         body = b"".join(b"data: " + data + b"\n\n" for data in datas)
-        answer = dialects.interpret(body, [1.0], [len(body)], 200, "complete", 150)
+        answer = dialects.interpret(body, [float(i) for i in range(len(ends))], ends, 200, "complete", 150)
         told.append((answer.arrivals_s.tolist(), answer.arrival_tokens, answer.output_tokens, answer.token_source, answer.finish_reason,
                      answer.error_class, answer.events, answer.choice_events))  # fmt: skip
     assert told[0] == told[1]

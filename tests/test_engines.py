@@ -20,8 +20,9 @@ from typing import Any
 import psutil
 import pytest
 
-from harness import engine_llama, engines, random_model, scenario, setup_engine
-from harness.engines import EngineSpec, launched
+from harness import engine_llama, engines, launch, random_model, scenario, setup_engine
+from harness.engines import launched
+from harness.launch import EngineSpec
 from harness.records import RidgelineError
 
 ROOT = Path(__file__).parent.parent
@@ -209,7 +210,7 @@ def test_tracebacks_do_not_crowd_out_the_error(tmp_path: Path) -> None:
 
 
 def test_a_scenario_leaves_room_for_its_workload() -> None:
-    spec = engines.from_scenario(
+    spec = launch.from_scenario(
         scenario.load("engine: {kind: llama.cpp, model: m}\nworkload: {batch_sizes: [1, 16], input_tokens: 350}")
     )
     assert spec.slots == 16
@@ -221,7 +222,8 @@ def test_a_scenario_leaves_room_for_its_workload() -> None:
 LAUNCHER = """
 import asyncio, sys
 from pathlib import Path
-from harness.engines import EngineSpec, launched
+from harness.engines import launched
+from harness.launch import EngineSpec
 async def main():
     spec = EngineSpec("llama.cpp", model=sys.argv[1], binary=sys.argv[2], served_name="fine")
     async with launched(spec, Path(sys.argv[3]), lambda s: None) as engine:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,16 +92,6 @@ class Watch(threading.Thread):
     def run(self) -> None:
         while not self.over.wait(0.01):
             self.peak = max(self.peak, resident("self"))
-
-
-@pytest.fixture(scope="module")
-def rig() -> Iterator[str]:
-    process = subprocess.Popen([sys.executable, "-m", "tests.faults"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True, cwd=ROOT)  # fmt: skip
-    assert process.stdout is not None and process.stdin is not None
-    yield process.stdout.readline().split()[1]
-    process.stdin.close()
-    process.wait(10)
 
 
 Choose = Callable[[int], str]

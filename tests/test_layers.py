@@ -12,10 +12,12 @@ PURE = [
     "records",
     "units",
     "scenario",
+    "yaml_lines",
     "arrivals",
     "lengths",
     "prompts",
     "dialects",
+    "eventstream",
     "endings",
     "metrics",
     "stats",
@@ -35,6 +37,8 @@ PURE = [
     "gate_text",
     "markdown",
     "history",
+    "planning",
+    "planning_text",
 ]
 FORBIDDEN = {"asyncio", "socket", "subprocess", "os", "aiohttp", "uvloop", "time", "signal", "threading", "httptools"}
 FILES = (

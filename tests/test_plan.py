@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from harness import plan as planning
-from harness import prompts, run, scenario, tokens
+from harness import prompts, scenario, sweep, tokens
 from harness.arrivals import ARRIVALS
 from harness.lengths import Asks
 from harness.records import Request, RidgelineError
@@ -129,8 +129,8 @@ def test_an_open_plan_follows_the_seed() -> None:
 
 
 def test_points_are_shuffled_only_over_several_trials() -> None:
-    one = list(run.schedule(made(batch_sizes=[1, 2, 4, 8, 16])))
+    one = list(sweep.schedule(made(batch_sizes=[1, 2, 4, 8, 16])))
     assert [point.batch_size for _, point in one] == [1, 2, 4, 8, 16]
-    many = list(run.schedule(made(batch_sizes=[1, 2, 4, 8, 16], trials=4)))
+    many = list(sweep.schedule(made(batch_sizes=[1, 2, 4, 8, 16], trials=4)))
     orders = {tuple(p.batch_size for t, p in many if t == trial) for trial in range(4)}
     assert len(orders) > 1 and all(sorted(o) == [1, 2, 4, 8, 16] for o in orders)  # type: ignore[type-var]

@@ -33,16 +33,6 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 HARNESS = sorted((ROOT / "harness").rglob("*.py"))
 
 
-@pytest.fixture(scope="module")
-def rig() -> Iterator[str]:
-    process = subprocess.Popen([sys.executable, "-m", "tests.faults"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True, cwd=ROOT)  # fmt: skip
-    assert process.stdout is not None and process.stdin is not None
-    yield process.stdout.readline().split()[1]
-    process.stdin.close()
-    process.wait(10)
-
-
 def nowhere_in(folder: Path) -> None:
     """The canary is in no file, the packed columns included; files' names too."""
     for path in folder.rglob("*"):

@@ -220,7 +220,7 @@ def test_a_stream_says_every_token_once(api: str, per_event: int) -> None:
     assert answer.input_tokens == 2 + 1 + (6 if api == "chat" else 0)
     assert answer.output_tokens == 14 and answer.token_source == "usage"
     assert len(answer.arrivals_s) == (14 if per_event == 1 else 1 + 4)
-    events = [json.loads(data) for data, _, _ in dialects.events(body)[:-1]]
+    events = [json.loads(data) for data, _, _ in list(dialects.events(body))[:-1]]
     text = "".join(dialects.text_of(event["choices"][0]) for event in events if event["choices"])
     assert simulator_formats.count_of(text) == 14
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from harness import models
 from harness.records import RidgelineError
 from harness.theory.architecture import FAMILIES, MULTIMODAL, from_config
-from harness.theory.shape import dtype_named
+from harness.theory.dtypes import dtype_named
 
 
 def llama(hidden, ffn, layers, heads, kv_heads, vocab, **more):

@@ -357,9 +357,9 @@ def test_a_run_is_calibrated_on_and_reported_with_it(ridgeline, simulated, tmp_p
                     "--slots", "8")  # fmt: skip
     ask = ("--url", url, "--model-config", "meta-llama/Llama-3.1-8B", "--hardware", "H100-SXM", "--input-tokens", "100",
            "--output-tokens", "20", "--waves", "1", "--warmup", "1", "--quiet", "--json")  # fmt: skip
-    first = ridgeline("run", *ask, "--batch-sizes", "1,2", "--out", "first")
+    first = ridgeline("run", *ask, "--batch-sizes", "1,2,4", "--out", "first")
     assert first.returncode == 0, first.stderr
-    done = ridgeline("calibrate", "first", "-o", "mine.json")
+    done = ridgeline("calibrate", "first", "--batch-sizes", "1,2", "-o", "mine.json")
     assert done.returncode == 0, done.stderr
     assert calibration.from_dict(json.loads((tmp_path / "mine.json").read_text()), "x").cells == 2
     again = ridgeline("run", *ask, "--batch-sizes", "4", "--calibration", "mine.json", "--out", "second")
@@ -370,5 +370,7 @@ def test_a_run_is_calibrated_on_and_reported_with_it(ridgeline, simulated, tmp_p
     )
     off = [abs(math.log(p["ratio"]["itl"])) for p in (plain, told)]
     assert off[1] < 0.5 * off[0], "batch sizes 1 and 2 tell of 4"
+    none = ridgeline("calibrate", "first", "--batch-sizes", "64", "-o", "none.json")
+    assert none.returncode == 2 and "no valid point" in none.stderr
     page = ridgeline("report", "second", "-o", "page.html", "--calibration", "mine.json")
     assert page.returncode == 0, page.stderr

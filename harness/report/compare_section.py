@@ -37,14 +37,16 @@ def section(runs: Sequence[RunView]) -> Compared | None:
     """None for a single run."""
     if len(runs) < 2:
         return None
-    found, names = changes.changes(runs), view.labels(runs)
+    found, names, room = changes.changes(runs), view.labels(runs), view.room(runs)
+    shown = [c for c in found if c.run < room]
+    cut = f"Charts and tables show the first {room} of {len(runs)} runs: a page has no room for more. `--format json` has all."
     return Compared(
-        [_block(metric, rows, names) for metric in METRICS if (rows := [c for c in found if c.metric == metric])],
-        notices=changes.caveats(runs),
+        [_block(metric, rows, names) for metric in METRICS if (rows := [c for c in shown if c.metric == metric])],
+        notices=([cut] if room < len(runs) else []) + changes.caveats(runs),
         otherwise="No point was measured in the first run and in another, so no figure can be compared.",
         sentences=[sentence([c for c in found if c.run == place], names[place], names[0]) for place in range(1, len(runs))],
-        before=overview(found, names) if found else None,
-        after=differences(runs),
+        before=overview(shown, names) if shown else None,
+        after=differences(runs[:room]),
     )  # fmt: skip
 
 

@@ -14,9 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from harness.theory.config import Config
+from harness.theory.dtypes import BITS, INT4_GROUP, WHOLE, dtype_named
 from harness.theory.families import FAMILIES, Experts, Latent, Spec
 from harness.theory.gguf_model import from_gguf
-from harness.theory.shape import BITS, INT4_GROUP, QUANTIZED, WHOLE, Layers, Model, bytes_by_part, dtype_named
+from harness.theory.shape import QUANTIZED, Layers, Model, bytes_by_part
 
 __all__ = ["FAMILIES", "Model", "from_config", "from_gguf"]
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from harness.records import RidgelineError
 from harness.theory.architecture import from_config
-from harness.theory.shape import BITS, Model
+from harness.theory.dtypes import BITS, dtype_named
+from harness.theory.shape import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,12 @@ class Entry:
 
     def model(self, name: str = "", quantization: dict[str, Any] | None = None) -> Model:
         """Its Model, called `name`; `quantization` stands for the quantization_config of its own."""
-        own = {"quantization_config": quantization} if quantization else {}
+        gguf = (quantization or {}).get("gguf")
+        own = {"quantization_config": quantization} if quantization and not gguf else {}
         model = from_config(self.config | own, name or self.id)
+        if gguf:
+            model = replace(model, dtype=gguf, stored_bytes=model.bytes_by_part(gguf), compute_dtype="fp16",
+                            matmul_dtype="fp16")  # fmt: skip
         notes = (*model.notes, f"{self.id}: {self.note}") if self.note else model.notes
         stored = model.stored_bytes | {"other": model.stored_bytes["other"] + self.other * BITS["bf16"] / 8}
         return replace(model, other=model.other + self.other, stored_bytes=stored, notes=notes)
@@ -76,13 +81,19 @@ SAME_SHAPE = {
     "fp",
     "kv",
     "quantized",
+    "gguf",
+    "ggml",
 }
 # Words that say how its weights were quantized -> the quantization_config that they stand for.
 _INT8 = {"weights": {"num_bits": 8, "type": "int"}, "input_activations": {"num_bits": 8}}
 QUANTIZED: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8"},
-    "awq": {"quant_method": "awq", "bits": 4},
-    "gptq": {"quant_method": "gptq", "bits": 4},
+    "gptq[-_ ]?(?:int)?8(?:[-_ ]?bit)?": {"quant_method": "gptq", "bits": 8},
+    "awq(?:[-_ ]?(?:int)?4(?:[-_ ]?bit)?)?": {"quant_method": "awq", "bits": 4},
+    "gptq(?:[-_ ]?(?:int)?4(?:[-_ ]?bit)?)?": {"quant_method": "gptq", "bits": 4},
+    "(?:bnb|nf4)(?:[-_ ]?4[-_ ]?bit)?": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "(?:w8a16|int8)": {"quant_method": "gptq", "bits": 8},
+    "(?:int4|4[-_ ]?bit)": {"quant_method": "awq", "bits": 4},
     "w4a16": {"quant_method": "gptq", "bits": 4},
     "w8a8": {"quant_method": "compressed-tensors", "config_groups": {"group_0": _INT8}},
     "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
@@ -102,7 +113,13 @@ def _shape_words(words: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(kept)
 
 
+_GGUF = re.compile(r"(?:[-_ .](?:ud|gguf))?[-_ .](i?q[1-8]_[a-z0-9_]+)(?:\.gguf)?$", re.IGNORECASE)
+
+
 def _without_quantization(name: str) -> tuple[str, dict[str, Any] | None]:
+    name = re.sub(r"[()\[\]]", " ", name).strip()
+    if found := _GGUF.search(name):
+        return name[: found.start()], {"gguf": dtype_named(found[1])}
     for word, config in QUANTIZED.items():
         if found := re.search(rf"[-_ .]{word}(?![a-z0-9])", name, re.IGNORECASE):
             return name[: found.start()] + name[found.end() :], config
@@ -128,6 +145,8 @@ def find(name: str) -> Model:
     """
     plain, quantization = _without_quantization(name)
     exact, loose = _by_words()
+    if re.search(r"\d_\d", plain) and _words(plain) not in exact:  # llama_v3_8b is no version 3.8
+        plain = plain if _shape_words(_words(plain)) in loose else plain.replace("_", "-")
     if entry := exact.get(_words(plain)):
         return entry.model(name, quantization)
     near = loose.get(_shape_words(_words(plain)), [])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from harness.theory import dtypes
 from harness.theory.hardware import Hardware
 
 
@@ -108,7 +109,15 @@ def named(name: str | None) -> str:
 
 def find(name: str | None, hardware: Hardware, dtype: str = "", *, offline: bool = False) -> Framework:
     """The row for a framework on this hardware with weights of this dtype; `offline`: as public static batches ran."""
-    return _find(named(name), hardware.name, hardware.measured, dtype, offline)
+    return _find(named(name), hardware.name, hardware.measured, _width(dtype), offline)
+
+
+def _width(dtype: str) -> str:
+    """The dtype by which rows are told apart: fp16 for any 16 bit, int8 and int4 for weights of about so many bits."""
+    plain = dtypes.stated(dtype) or ""
+    if plain in ("", "fp8", "nvfp4", "fp4", *dtypes.WHOLE):
+        return "fp16" if plain == "bf16" else plain
+    return "int8" if dtypes.BITS[plain] >= 6 else "int4"
 
 
 @cache

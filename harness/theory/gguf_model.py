@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.theory.config import Config
 from harness.theory.gguf import GGML_TYPES, Elided, tensor_bytes
-from harness.theory.shape import PARTS, SPELLINGS, Layers, Model
+from harness.theory.shape import PARTS, Layers, Model
 
 # Architectures of llama.cpp that are decoders with a KV cache in every layer.
 GGUF_FAMILIES = (
@@ -104,7 +104,7 @@ def _gguf_model(c: Config, arch: str, tensors: Tensors) -> Model:
         positions=sizes.get("position_embd.weight", 0),
         final_norm=sizes.get("output_norm.weight", 0) + sizes.get("output_norm.bias", 0),
         head_bias=sizes.get("output.bias", 0),
-        dtype=SPELLINGS.get(dtype, dtype),
+        dtype={"f32": "fp32", "f16": "fp16", "mxfp4": "fp4"}.get(dtype, dtype),
         stored_bytes=stored,
         compute_dtype="fp16",
         matmul_dtype="fp16",

@@ -181,9 +181,17 @@ def catalogue() -> list[Hardware]:
 VENDORS = {"nvidia", "amd", "intel", "google", "apple", "instinct", "tesla", "geforce"}
 
 
+# What stands around a name in a table and is no part of it: how many (8x, x4, 2 ×), the chassis, a power limit.
+_AROUND = re.compile(
+    r"^\s*\d+\s*[x×*]\s*|\s+[x×*]\s*\d+\s*$|\([^)]*\d\s*w\)|@?\s*\d+\s*w\b|\b(dgx|hgx)[ _-](?=[abh]\d)|\(r\)|\(tm\)|[()]"
+)
+
+
 def _key(name: str) -> str:
     """Case, order and kind of separator do not tell two names apart, nor does the maker; all else does (L40, L4)."""
-    words = name.casefold().replace("(r)", "").replace("(tm)", "").replace("_", " ").replace("-", " ").split()
+    plain = re.sub(r"(?<=rtx|gtx)(?=\d)", " ", _AROUND.sub(" ", name.casefold()))
+    plain = re.sub(r"(?<=\d) (?=gi?b\b)", "", plain)
+    words = plain.replace("_", " ").replace("-", " ").replace("/", " ").split()
     return "-".join(sorted(word for word in words if word not in VENDORS) or sorted(words))
 
 
@@ -199,7 +207,7 @@ def _names() -> dict[str, tuple[Hardware, ...]]:
     return names
 
 
-_OBVIOUS = re.compile(r"hbm\d?e?|gddr\d\w?|oam|gpu")
+_OBVIOUS = re.compile(r"hbm\d?e?|gddr\d\w?|oam|gpu|accelerator|tensor|core|graphics|nvl72|generation|edition|blackwell")
 _SIZE = re.compile(r"(\d+)gi?b")
 
 
@@ -219,6 +227,8 @@ def _rows(name: str) -> tuple[Hardware, ...]:
 
 def _is_obvious(word: str, row: Hardware) -> bool:
     size = _SIZE.fullmatch(word)
+    if re.fullmatch(r"sxm\d?", word):
+        return not any(other in row.name for other in ("PCIe", "NVL", "RTX"))
     return bool(_OBVIOUS.fullmatch(word)) or bool(size and abs(int(size[1]) * GIGA / row.mem_bytes - 1) < 0.08)
 
 

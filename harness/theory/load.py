@@ -164,7 +164,11 @@ def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share
     step = decode_step(s, running, tokens + 1, tokens + np.maximum(1.0, output - 1))
     own = prefill.total
     once = ("weights", "launch", "host", "link latency")  # a pass of both needs these but once
-    shared = sum(step.terms[k] for k in once if k in step.terms) if s.framework.mixed else 0.0
+    shared: Array | float = 0.0
+    if s.framework.mixed:
+        # Behind the reads there is only the room that the step's own matrix work leaves: none beyond the ridge.
+        taken = np.minimum(step.terms["weights"], step.hidden["matmul"])
+        shared = sum(step.terms[k] for k in once if k in step.terms) - taken
     itl = {**step.terms, "prefills of others": (running - 1) / output
            * np.maximum(own - passes_for(s, tokens) * shared, 0.3 * own)}  # fmt: skip
     plain, stream = total(itl), running * s.framework.stream_s * s.factors.overhead

@@ -25,9 +25,10 @@ import numpy.typing as npt
 
 from harness.records import RidgelineError
 from harness.theory import kernels
+from harness.theory.dtypes import BITS, GGUF_BITS, RATE, WEIGHT_ONLY, WHOLE, dtype_named
 from harness.theory.frameworks import Framework
 from harness.theory.hardware import Hardware
-from harness.theory.shape import RATE, WHOLE, Model, dtype_named
+from harness.theory.shape import Model
 
 Array = npt.NDArray[np.float64]
 Terms = dict[str, Array]
@@ -164,7 +165,7 @@ def setup(
 def _law_dtype(stored: str, used: str) -> str:
     if used in ("fp8", "fp4", "int8") or stored in WHOLE:
         return used
-    return "int8_weights" if stored in ("int8", "fp8", "q8_0") else "int4"  # narrow weights, multiplied wide
+    return "int8_weights" if BITS.get(stored, 4.0) >= 6 else "int4"  # narrow weights, multiplied wide
 
 
 def _dtypes(model: Model, dtype: str | None, notes: list[str]) -> tuple[str | None, str, str]:
@@ -172,6 +173,8 @@ def _dtypes(model: Model, dtype: str | None, notes: list[str]) -> tuple[str | No
     if dtype is None or dtype.lower() in ("auto", "", model.dtype):
         return None, model.compute_dtype, model.matmul_dtype
     wanted = dtype_named(dtype)
+    if wanted == model.dtype:
+        return None, model.compute_dtype, model.matmul_dtype
     if wanted in WHOLE and model.dtype not in WHOLE:
         # As engines take it: --dtype names the activations, and quantized weights stay as they are.
         notes.append(f"the weights stay in {model.dtype}, as they are stored; {wanted} is for the activations")
@@ -180,7 +183,7 @@ def _dtypes(model: Model, dtype: str | None, notes: list[str]) -> tuple[str | No
     if wanted in WHOLE:
         return wanted, wanted, wanted
     activations = "bf16" if model.compute_dtype == "fp32" else model.compute_dtype
-    return wanted, activations, activations if wanted == "int4" else wanted  # int4 kernels widen the weights first
+    return wanted, activations, activations if wanted in WEIGHT_ONLY else wanted
 
 
 def _rate(
@@ -347,7 +350,7 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
 def _head_bytes(s: Setup) -> float:
     """Bytes of an entry of the lm_head: 16 bit but where it is stored otherwise."""
     if s.dtype is not None:
-        return 4.0 if s.dtype == "fp32" else 2.0
+        return BITS[s.dtype] / 8 if s.dtype == "fp32" or s.dtype in GGUF_BITS else 2.0
     part = "embedding" if s.model.tied else "lm_head"
     entries = s.model.params_by_part[part]
     return s.model.stored_bytes[part] / entries if entries else 2.0

@@ -13,56 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from harness.records import RidgelineError
+from harness.theory.dtypes import BITS, GGUF_BITS
 
 # ffn: what every token meets (a plain FFN, shared experts); experts: the routed ones, with what chooses among them apart,
 # as it stays in 16 bit where they are quantized.  other: what text never runs through, such as a vision tower.
 PARTS = ("embedding", "attention", "ffn", "router", "experts", "norms", "lm_head", "other")
 Number = TypeVar("Number", float, npt.NDArray[np.float64])
 
-# Bits of a stored weight.  int4 is what GPTQ and AWQ store at a group size of 128: 4 bits, and for each group a 16-bit
-# scale and a 4-bit zero point.  fp4 is MX's: 4 bits and an 8-bit scale for every 32 weights; nvfp4 has one for every 16.
-INT4_GROUP = 128
-BITS: dict[str, float] = {
-    "fp32": 32,
-    "fp16": 16,
-    "bf16": 16,
-    "fp8": 8,
-    "int8": 8,
-    "fp4": 4 + 8 / 32,
-    "nvfp4": 4 + 8 / 16,
-    "int4": 4 + (16 + 4) / INT4_GROUP,
-}
-RATE = {"nvfp4": "fp4"}  # dtype -> the rate that hardware states for its products, where the name differs
 QUANTIZED = ("attention", "ffn", "experts")  # parts that a quantized dtype is for
-WHOLE = ("fp32", "fp16", "bf16")  # dtypes of a whole model; the others leave embeddings, norms and lm_head in 16 bit
-SPELLINGS = {
-    "float32": "fp32",
-    "float": "fp32",
-    "f32": "fp32",
-    "float16": "fp16",
-    "half": "fp16",
-    "f16": "fp16",
-    "bfloat16": "bf16",
-    "float8": "fp8",
-    "fp8_e4m3": "fp8",
-    "fp8_e5m2": "fp8",
-    "float8_e4m3fn": "fp8",
-    "mxfp4": "fp4",
-    "awq": "int4",
-    "gptq": "int4",
-    "w4a16": "int4",
-    "w8a8": "int8",
-}
-
-
-def dtype_named(name: str) -> str:
-    """One of BITS for any usual spelling ("bfloat16", "torch.float16", "half"); RidgelineError otherwise."""
-    plain = name.strip().lower().removeprefix("torch.")
-    plain = SPELLINGS.get(plain, plain)
-    if plain not in BITS:
-        raise RidgelineError(f"dtype {name!r} is not known; use one of {', '.join(BITS)}")
-    return plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +165,8 @@ class Model:
         """Bytes of the weights in memory by part: as stored, or as they would be in another dtype."""
         if dtype is None:
             return dict(self.stored_bytes)
-        return bytes_by_part(self, dict.fromkeys(QUANTIZED, BITS[dtype]), 32 if dtype == "fp32" else 16)
+        parts = (*QUANTIZED, "embedding", "lm_head") if dtype in GGUF_BITS else QUANTIZED
+        return bytes_by_part(self, dict.fromkeys(parts, BITS[dtype]), 32 if dtype == "fp32" else 16)
 
     def weight_bytes(self, dtype: str | None = None) -> float:
         """Bytes of all weights."""

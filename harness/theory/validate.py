@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from harness.records import RidgelineError
-from harness.theory import catalogue
+from harness.theory import catalogue, dtypes
 from harness.theory import hardware as table_of_hardware
 from harness.theory.calibration import Calibration
 from harness.theory.hardware import Hardware
@@ -83,12 +83,8 @@ def read(frame: pd.DataFrame, where: str) -> pd.DataFrame:
 def case_of(row: dict[Hashable, Any]) -> Case:
     """The model, the hardware and the split of a row.  Raises RidgelineError, whose text is the row's reason."""
     model, gpu = catalogue.find(row["model"]), table_of_hardware.usual(row["gpu"])
-    framework, stored = row["framework"], row["weight_dtype"].casefold()
-    dtype = {"": None, "?": None, "auto": None}.get(stored, row["weight_dtype"])
-    cache = row["kv_dtype"].casefold() or None
-    if cache in ("?", "auto", "nan"):
-        cache = None
-    narrow = (stored or model.dtype) in ("fp8", "nvfp4", "fp4")
+    framework, dtype, cache = row["framework"], dtypes.stated(row["weight_dtype"]), dtypes.stated(row["kv_dtype"])
+    narrow = (dtype or model.dtype) in ("fp8", "nvfp4", "fp4")
     if cache is None and narrow and any(word in framework.casefold() for word in ("trt", "tensorrt")):
         cache = "fp8"  # NVIDIA's checkpoints in fp8 and fp4 quantize the cache too, and TensorRT-LLM follows them
     return Case(model, gpu, dtype, cache, *_split(row), framework)

@@ -100,12 +100,12 @@ def test_a_name_that_nobody_knows_is_said(ridgeline: Run, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("fault", "said"), [
     ("http-401", "api-key-env"), ("redirect-307", "redirect"), *(pytest.param(*one, marks=pytest.mark.full) for one in (
-        ("html-200", "--url"), ("hang-first", "limits.preflight_s"), ("http-400-context", "fewer tokens")))])  # fmt: skip
+        ("html-200", "--url"), ("http-400-context", "fewer tokens")))])  # fmt: skip
 def test_what_the_first_answer_tells_comes_with_its_remedy(
-    fault: str, said: str, every: str, ridgeline: Run, tmp_path: Path
+    fault: str, said: str, rig: str, ridgeline: Run, tmp_path: Path
 ) -> None:
     scenario = tmp_path / "s.yaml"
-    scenario.write_text(f"engine: {{url: {every}/first-{fault}}}\nlimits: {{preflight_s: 2}}\n")
+    scenario.write_text(f"engine: {{url: {rig}/first-{fault}}}\n")
     refused(ridgeline, tmp_path, 6, said, "run", str(scenario))
 
 
@@ -118,25 +118,25 @@ def limited(tmp_path: Path, url: str, kind: int, limit: int, *more: str) -> tupl
 
 @pytest.mark.parametrize(("kind", "limit", "said"), [(resource.RLIMIT_NOFILE, 80, "needs? .*136 open files"),
                                                      (resource.RLIMIT_FSIZE, 50_000, "the largest file")])  # fmt: skip
-def test_limits_of_this_machine_are_found_first(kind: int, limit: int, said: str, every: str, tmp_path: Path) -> None:
-    code, text = limited(tmp_path, every + "/ok", kind, limit, "--batch-sizes", "1,72")
+def test_limits_of_this_machine_are_found_first(kind: int, limit: int, said: str, rig: str, tmp_path: Path) -> None:
+    code, text = limited(tmp_path, rig + "/ok", kind, limit, "--batch-sizes", "1,72")
     assert code == 2
     assert "open files" in text if kind == resource.RLIMIT_NOFILE else said in text
     assert "Traceback" not in text and not list(tmp_path.rglob(store.JOURNAL))
 
 
-def test_a_place_that_cannot_be_written_is_refused(every: str, ridgeline: Run, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_refused(rig: str, ridgeline: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    refused(ridgeline, tmp_path, 2, "no run folder can be made", "run", "--url", every + "/ok", "--out", "file/it")
+    refused(ridgeline, tmp_path, 2, "no run folder can be made", "run", "--url", rig + "/ok", "--out", "file/it")
 
 
 @pytest.mark.parametrize(
     "fault", ["reset-3", *(pytest.param(n, marks=pytest.mark.full) for n in ("http-503", "finish-abort", "ok"))]
 )
 def test_without_preflight_the_first_request_is_the_plans_and_fails_by_its_class(
-    fault: str, every: str, ridgeline: Run, tmp_path: Path
+    fault: str, rig: str, ridgeline: Run, tmp_path: Path
 ) -> None:
-    done = ridgeline(*options(f"{every}/first-{fault}", "--batch-sizes", "8", "--mode", "closed", "--requests", "20", "--warmup", "0",
+    done = ridgeline(*options(f"{rig}/first-{fault}", "--batch-sizes", "8", "--mode", "closed", "--requests", "20", "--warmup", "0",
                               "--no-preflight", "--json"))  # fmt: skip
     assert done.returncode == (6 if fault != "ok" else 0), done.stderr
     point = json.loads(done.stdout)["points"][0]
@@ -145,8 +145,8 @@ def test_without_preflight_the_first_request_is_the_plans_and_fails_by_its_class
     assert store.load(tmp_path / "it").run["prompts"]["source"] == "none"
 
 
-def test_a_run_of_a_newer_format_is_refused_by_name(every: str, ridgeline: Run, tmp_path: Path) -> None:
-    assert ridgeline(*options(every + "/ok", "--batch-sizes", "1")).returncode == 0
+def test_a_run_of_a_newer_format_is_refused_by_name(rig: str, ridgeline: Run, tmp_path: Path) -> None:
+    assert ridgeline(*options(rig + "/ok", "--batch-sizes", "1")).returncode == 0
     path = tmp_path / "it" / store.RUN
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99, "ridgeline": "7.1"}))
     for verb in (["report", "it"], ["run", "--resume", "it"]):
@@ -157,19 +157,8 @@ def test_a_run_of_a_newer_format_is_refused_by_name(every: str, ridgeline: Run, 
 # -- stopped
 
 
-@pytest.fixture(scope="module")
-def every() -> Iterator[str]:
-    """The rig of faults."""
-    process = subprocess.Popen([sys.executable, "-m", "tests.faults"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True, cwd=ROOT)  # fmt: skip
-    assert process.stdout is not None and process.stdin is not None
-    yield process.stdout.readline().split()[1]
-    process.stdin.close()
-    process.wait(10)
-
-
-def test_a_second_signal_ends_at_once_and_the_journal_is_the_result(every: str, tmp_path: Path, ridgeline: Run) -> None:
-    process = started(tmp_path, *options(every + "/pings-after-3", "--batch-sizes", "4"))
+def test_a_second_signal_ends_at_once_and_the_journal_is_the_result(rig: str, tmp_path: Path, ridgeline: Run) -> None:
+    process = started(tmp_path, *options(rig + "/pings-after-3", "--batch-sizes", "4"))
     wait_until(lambda: (tmp_path / "it" / store.SERVER).exists(), "it did not start")
     time.sleep(1.5)
     process.send_signal(signal.SIGINT)
@@ -187,12 +176,10 @@ def test_a_second_signal_ends_at_once_and_the_journal_is_the_result(every: str, 
 @pytest.mark.full
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_run_that_outlasts_its_time_is_stopped_and_kept(
-    workers: str, every: str, ridgeline: Run, tmp_path: Path
+    workers: str, rig: str, ridgeline: Run, tmp_path: Path
 ) -> None:
     began_s = time.monotonic()
-    done = ridgeline(
-        *options(every + "/hang-after-head", "--batch-sizes", "2", "--timeout", "4s", "--workers", workers)
-    )
+    done = ridgeline(*options(rig + "/hang-after-head", "--batch-sizes", "2", "--timeout", "4s", "--workers", workers))
     assert done.returncode == 6 and time.monotonic() - began_s < 20
     run = store.load(tmp_path / "it")
     assert run.state == "interrupted" and "4 s are over" in run.run["stopped"]
@@ -245,12 +232,10 @@ def test_resuming_takes_no_other_plan(ridgeline: Run, tmp_path: Path) -> None:
     assert done.returncode == 2 and "leave the other options out" in done.stderr
 
 
-def test_two_runs_cannot_share_a_folder(every: str, ridgeline: Run, tmp_path: Path) -> None:
-    process = started(
-        tmp_path, *options(every + "/ok", "--batch-sizes", "1", "--requests", "99999", "--mode", "closed")
-    )
+def test_two_runs_cannot_share_a_folder(rig: str, ridgeline: Run, tmp_path: Path) -> None:
+    process = started(tmp_path, *options(rig + "/ok", "--batch-sizes", "1", "--requests", "99999", "--mode", "closed"))
     wait_until(lambda: (tmp_path / "it" / ".lock").exists(), "no lock came")
-    second = ridgeline(*options(every + "/ok", "--batch-sizes", "1"))
+    second = ridgeline(*options(rig + "/ok", "--batch-sizes", "1"))
     wait_until(lambda: has_records(tmp_path / "it"), "no records came")
     third = ridgeline("run", "--resume", "it")
     process.send_signal(signal.SIGTERM)
@@ -259,8 +244,8 @@ def test_two_runs_cannot_share_a_folder(every: str, ridgeline: Run, tmp_path: Pa
     assert f"another run is writing here (process {process.pid})" in third.stderr
 
 
-def test_a_summary_that_its_records_do_not_give_is_found(every: str, ridgeline: Run, tmp_path: Path) -> None:
-    assert ridgeline(*options(every + "/ok", "--batch-sizes", "2")).returncode == 0
+def test_a_summary_that_its_records_do_not_give_is_found(rig: str, ridgeline: Run, tmp_path: Path) -> None:
+    assert ridgeline(*options(rig + "/ok", "--batch-sizes", "2")).returncode == 0
     done = ridgeline("verify", "it")
     assert done.returncode == 0 and "is what they give" in done.stdout
     path = tmp_path / "it" / store.SUMMARY
@@ -272,11 +257,9 @@ def test_a_summary_that_its_records_do_not_give_is_found(every: str, ridgeline: 
 
 
 def test_a_full_disk_ends_the_run_with_one_error_and_keeps_what_was_written(
-    every: str, ridgeline: Run, tmp_path: Path
+    rig: str, ridgeline: Run, tmp_path: Path
 ) -> None:
-    process = started(
-        tmp_path, *options(every + "/ok", "--batch-sizes", "4", "--mode", "closed", "--requests", "99999")
-    )
+    process = started(tmp_path, *options(rig + "/ok", "--batch-sizes", "4", "--mode", "closed", "--requests", "99999"))
     wait_until(lambda: has_records(tmp_path / "it"), "no records came")
     writer = next(p for p in psutil.Process(process.pid).children(True) if "harness.recorder" in p.cmdline())
     size = (tmp_path / "it" / store.JOURNAL).stat().st_size + 20_000
@@ -292,8 +275,8 @@ def test_a_full_disk_ends_the_run_with_one_error_and_keeps_what_was_written(
 @pytest.mark.parametrize(("how", "env", "code"), [
     (">&-", {}, 0), ("2>&-", {}, 0), ("<&- >/dev/full", {}, 2),
     ("", {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "TERM": "dumb", "COLUMNS": "40"}, 0), ("| head -c 9", {}, 0)])  # fmt: skip
-def test_odd_terminals_cost_no_run(how: str, env: dict[str, str], code: int, every: str, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "harness", *options(every + "/ok", "--batch-sizes", "2", "--no-preflight")]
+def test_odd_terminals_cost_no_run(how: str, env: dict[str, str], code: int, rig: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "harness", *options(rig + "/ok", "--batch-sizes", "2", "--no-preflight")]
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {shlex.join(words)} {how}"], cwd=tmp_path, text=True, timeout=60,
                           capture_output=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)} | env)  # fmt: skip
     assert done.returncode == code, done.stderr
@@ -305,8 +288,8 @@ def test_odd_terminals_cost_no_run(how: str, env: dict[str, str], code: int, eve
 
 
 @pytest.mark.full
-def test_no_worker_goes_on_without_the_one_that_hired_it(every: str, tmp_path: Path) -> None:
-    process = started(tmp_path, *options(every + "/drip", "--batch-sizes", "4", "--mode", "closed", "--requests", "9999", "--workers", "2",
+def test_no_worker_goes_on_without_the_one_that_hired_it(rig: str, tmp_path: Path) -> None:
+    process = started(tmp_path, *options(rig + "/drip", "--batch-sizes", "4", "--mode", "closed", "--requests", "9999", "--workers", "2",
                                          "--no-preflight"))  # fmt: skip
     wait_until(lambda: all(path.exists() and path.stat().st_size > 2000 for path in (
         tmp_path / "it" / "journal-0.bin", tmp_path / "it" / "journal-1.bin")), "no records came")  # fmt: skip

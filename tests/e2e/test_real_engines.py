@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from harness import random_model, store
-from harness.engines import EngineSpec, launched
+from harness.engines import launched
+from harness.launch import EngineSpec
 from tests.conftest import ROOT, one_object
 
 LLAMA = Path(os.environ.get("RIDGELINE_LLAMA_PYTHON", ROOT / ".venv-llama" / "bin" / "python"))

@@ -1,0 +1,92 @@
+"""What is wrong before the first request is said by its key and its place."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+
+from harness import command, preflight
+from harness.records import RidgelineError
+from harness.wire import parse_url
+
+
+def said_of(tmp_path: Path, text: str, **flags: Any) -> str:
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(RidgelineError) as problem:
+        command.planned(path, flags)
+    assert problem.value.code == 2
+    return str(problem.value).removeprefix(str(tmp_path) + "/")
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("workload:\n  prompts: none.jsonl", "s.yaml:2: workload.prompts: none.jsonl: cannot be read: No such file"),
+    ("workload:\n  prompts: /", "s.yaml:2: workload.prompts: /: cannot be read: is a folder"),
+    ("workload:\n  input_tokens: {file: no.csv}", "s.yaml:2: workload.input_tokens.file: no.csv: cannot be read"),
+    ("workload:\n  mode: open\n  trace: no.csv", "s.yaml:3: workload.trace: no.csv: cannot be read"),
+    ('workload:\n  prompts: "\\0"', "s.yaml:2: workload.prompts: "),
+    ("engine:\n  url: ftp://h", "s.yaml:2: engine.url: got 'ftp://h'; give http://HOST:PORT"),
+    ("engine:\n  url: http://me:pass@h", "s.yaml:2: engine.url: holds a user, password"),
+    ("variants:\n  a:\n    url: http://h:x", "s.yaml:3: variants.a.url: got 'http://h:x'"),
+])  # fmt: skip
+def test_a_file_or_address_that_is_wrong_is_named_by_key_and_line(text: str, said: str, tmp_path: Path) -> None:
+    found = said_of(tmp_path, text)
+    assert found.startswith(said)
+    assert "pass" not in found.replace("password", "")
+
+
+def test_what_an_option_has_set_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    text = "workload:\n  batch_sizes: [1]\n  waves: 2\nengine:\n  url: http://h"
+    assert said_of(tmp_path, text, workload={"batch_sizes": [0]}).startswith("the options: workload.batch_sizes[0]: ")
+    assert said_of(tmp_path, text, workload={"prompts": "no"}).startswith("the options: workload.prompts: no: ")
+    assert said_of(tmp_path, text, engine={"url": "ftp://x"}).startswith("the options: engine.url: ")
+    # A rule over several keys is of the file's part as much as of the option's.
+    assert said_of(tmp_path, text, workload={"mode": "closed"}).startswith(
+        "s.yaml:1: workload.waves: belongs to mode wave"
+    )
+
+
+def test_more_at_once_than_this_machine_takes_is_said_of_its_key(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("workload:\n  mode: closed\n  batch_sizes:\n  - 1\n  - 65536\n")
+    with pytest.raises(
+        RidgelineError, match=r"s\.yaml:3: workload\.batch_sizes: 65536 requests at once need"
+    ) as problem:
+        preflight.here(command.planned(path, {}), tmp_path)
+    assert problem.value.code == 2
+
+
+def test_a_first_answer_that_hangs_is_waited_for_aloud_and_given_up_in_its_time(
+    rig: str, ridgeline: Callable[..., CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """The pages come at once, and the completion never: what is waited for is said before it is given up."""
+    (tmp_path / "s.yaml").write_text(f"engine: {{url: {rig}/first-hang-first}}\nlimits: {{preflight_s: 2.5}}\n")
+    done = ridgeline("run", "s.yaml", timeout=30)
+    assert done.returncode == 6
+    told, error = done.stderr.splitlines()
+    assert told.startswith("waiting for a first answer of ") and told.endswith("at most 2.5 s (limits.preflight_s)")
+    assert "within 2.5 s" in error and "limits.preflight_s" in error
+    assert not (tmp_path / "results").exists() or not list((tmp_path / "results").iterdir())
+
+
+def test_a_rate_limit_before_the_run_says_when_to_come_again(
+    rig: str, ridgeline: Callable[..., CompletedProcess[str]]
+) -> None:
+    done = ridgeline("run", "--url", f"{rig}/first-http-429-later")
+    assert done.returncode == 6 and done.stderr.count("error: ") == 1
+    assert "ended as http_429: slow down (Retry-After: 1); the server limits how much may be asked" in done.stderr
+
+
+def test_what_needs_no_model_has_one_time_for_all() -> None:
+    async def slow() -> None:
+        async with preflight.within(parse_url("http://127.0.0.1:1"), 0.05):
+            await asyncio.sleep(5)
+
+    with pytest.raises(RidgelineError, match=r"took longer than 0\.05 s") as problem:
+        asyncio.run(slow())
+    assert problem.value.code == 6
