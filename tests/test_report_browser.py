@@ -86,7 +86,8 @@ def test_all_charts_are_drawn_in_silence(show: Any, scheme: str) -> None:
 
 @pytest.mark.parametrize(
     "runs",
-    [[samples.whole()], [samples.sample(), samples.batches(12)], [samples.open_loop()], [samples.empty()], [samples.hostile()]],
+    [[samples.whole()], [samples.sample(), samples.batches(12)], pytest.param([samples.open_loop()], marks=pytest.mark.full),
+     pytest.param([samples.empty()], marks=pytest.mark.full), [samples.hostile()]],
     ids=["sample", "two runs", "open loop", "empty", "hostile"],
 )  # fmt: skip
 def test_a_phone_scrolls_no_page_sideways(show: Any, runs: list[RunView]) -> None:
@@ -98,8 +99,14 @@ def test_a_phone_scrolls_no_page_sideways(show: Any, runs: list[RunView]) -> Non
     assert opened.said == []
 
 
-@pytest.mark.parametrize("bypass", [False, True], ids=["with the policy", "by escaping alone"])
-@pytest.mark.parametrize("text", [samples.HOSTILE, samples.HOSTILE_LINK], ids=["markup", "link"])
+@pytest.mark.parametrize(
+    ("text", "bypass"),
+    [
+        (samples.HOSTILE, True), (samples.HOSTILE_LINK, False),
+        pytest.param(samples.HOSTILE, False, marks=pytest.mark.full), pytest.param(samples.HOSTILE_LINK, True, marks=pytest.mark.full),
+    ],
+    ids=["markup, by escaping alone", "link, with the policy", "markup, with the policy", "link, by escaping alone"],
+)  # fmt: skip
 def test_hostile_text_executes_nothing(show: Any, text: str, bypass: bool) -> None:
     opened = show([samples.hostile(text), samples.hostile(text)], bypass_csp=bypass)
     inert(opened)
