@@ -231,7 +231,9 @@ def test_paper_gets_every_section_chart_and_table_in_light(show: Any, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "runs", [[samples.whole()], [samples.whole(), samples.batches(3)]], ids=["one run", "two runs"]
+    "runs",
+    [pytest.param([samples.whole()], marks=pytest.mark.full), [samples.whole(), samples.batches(3)]],
+    ids=["one run", "two runs"],
 )
 def test_the_printed_pages_show_every_section_and_table(show: Any, tmp_path: Path, runs: list[RunView]) -> None:
     pypdf = pytest.importorskip("pypdf", reason="pypdf is not installed")
