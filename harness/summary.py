@@ -85,7 +85,9 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         "plane": _plane(workload, points, asked, model, hardware),
         "worth": worth,
         "levers": _levers(best, workload, asked, model, hardware),
-        "detail": detail.build(tallies, blocks, best["point"] if best else None, limits),
+        "detail": detail.build(
+            tallies, blocks, best["point"] if best else points[-1]["point"] if points else None, limits
+        ),
     }
     return summary | {"verdict_sentence": sentence(summary)}
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import detail, prices
+from harness import detail, prices, units
+from harness.metrics import METRICS
 from harness.records import RidgelineError
-from harness.report import capacity, decision, limits, roofline, view
+from harness.report import capacity, corrections, decision, glossary, limits, ratio, roofline, view
 from harness.report.page import RunView, render
 from harness.report.section import Charts
 from harness.report.sections import SECTIONS
@@ -191,6 +192,43 @@ def test_cost_over_price_and_utilisation(run: RunView) -> None:
     busy = [float(cell.text.lstrip("$")) for cell in line[1:]]
     assert busy[0] / busy[3] == pytest.approx(4, rel=0.02)
     assert "no price is known" in capacity.cost([samples.recorded(hardware=None)]).blocks[0].finding.lower()
+
+
+def test_where_an_objective_is_met_is_told_by_the_load_only_where_the_load_parts_it() -> None:
+    one, two, three = (0, 1.0, 0), (0, 2.0, 0), (0, 4.0, 0)
+    assert capacity._where([one, two], [three]) == "met up to batch 2 and missed from batch 4 on"
+    assert capacity._where([one, three], [two]) == "met at batch 1, batch 4 and missed at batch 2"
+    assert capacity._where([], []) == "not shown by the samples"
+
+
+def test_the_ratio_stands_beside_the_tolerance_that_the_prediction_states(run: RunView) -> None:
+    block = ratio.block([run])
+    assert block and block.figure
+    bars = [trace for trace in block.figure["data"] if trace["mode"] == "lines"]
+    assert len(bars) == 4 * len(view.points(run))
+    theory = view.points(run)[0]["predicted"]["ttft_s"]
+    assert bars[0]["y"] == pytest.approx([theory["low"] / theory["value"], theory["high"] / theory["value"]], rel=1e-5)
+    held = [ratio.inside(p, shown) for p in view.points(run) for shown in view.HEADLINES]
+    assert block.finding.startswith(f"{sum(map(bool, held))} of {len(held)} lie within")
+    assert ratio.block([samples.without_theory()]) is None
+
+
+def test_the_ledger_quotes_the_articles_beside_the_correction(run: RunView) -> None:
+    tables = corrections.section([run])
+    assert tables
+    rows = {row[0].text: row for row in tables["tables"][0].body[1:4]}
+    seed = view.points(run)[1]["predicted"]["seed"]["ttft_s"]
+    assert seed == pytest.approx(
+        2 * 8_030_261_248 * 350 * 8 / 989.4e12
+    )  # 2 x parameters x prompt tokens x batch / peak
+    assert rows[view.marked((0, 8.0, 0), view.points(run)[1], full=True)][1].text == units.seconds(seed)
+    assert corrections.section([samples.without_theory()]) is None
+
+
+def test_every_metric_is_in_the_glossary() -> None:
+    words = [word for word, _ in glossary.section([])]
+    assert words[: len(METRICS)] == [glossary.NAMES[metric.name] for metric in METRICS]
+    assert len(set(words)) == len(words)
 
 
 # --- distributions, time, trials ----------------------------------------------------------------------------------

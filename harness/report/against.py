@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness import units
-from harness.report import tables, view
+from harness.report import ratio, tables, view
 from harness.report.charts import CHARTS, legend
 from harness.report.section import Block, Charts
 from harness.report.view import HEADLINES, RunView, Shown
@@ -18,7 +18,7 @@ def versus(runs: Sequence[RunView]) -> Charts:
     measured = any(view.points(run) for run in runs)
     named = zip(view.labels(runs), runs, strict=True)
     return Charts(
-        [_versus(runs, shown) for shown in HEADLINES] if measured else [],
+        [*(_versus(runs, shown) for shown in HEADLINES), *filter(None, [ratio.block(runs)])] if measured else [],
         notices=[f"{name}: {advice}" if name else advice for name, run in named if (advice := _advice(run))],
         legend=legend(runs),
         otherwise="No point was measured, so there is nothing to compare.",

@@ -87,11 +87,9 @@ def _latency(runs: Sequence[RunView], shown: Shown) -> Block:
                              "line": {"color": ink, "dash": dash, "width": 1.7}, "marker": {"color": ink, "size": 7},
                              "hoverinfo": "text", "hovertext": hover})  # fmt: skip
     bounds = list(dict.fromkeys(pair for run in runs for pair in _bound(run, shown.key)))
-    shapes = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": factor * bound, "y1": factor * bound,
-               "line": {"width": 1.6, "dash": "dash", "color": charts.colour("invalid")}} for _, bound in bounds]  # fmt: skip
-    notes = [{"xref": "paper", "x": 1, "xanchor": "right", "y": factor * bound, "yanchor": "bottom", "showarrow": False, "bgcolor": charts.colour("paper"),
-              "text": charts.inert(f"objective {which} {shown.show(bound)}"), "font": {"size": 11.5, "color": charts.colour("invalid")}}
-             for which, bound in bounds]  # fmt: skip
+    data += [{"type": "scatter", "mode": "lines", "name": charts.inert(f"objective {which} {shown.show(bound)}"), "x": [-0.3, len(keys) - 0.7],
+              "y": [factor * bound] * 2, "line": {"width": 1.8, "dash": "longdash", "color": charts.colour("invalid")}, "hoverinfo": "name"}
+             for which, bound in bounds if data]  # fmt: skip
     across = charts.axis(
         view.load_word(runs),
         tickvals=list(range(len(keys))),
@@ -101,13 +99,7 @@ def _latency(runs: Sequence[RunView], shown: Shown) -> Block:
     up = charts.axis(f"{shown.short}, {unit}", rangemode="tozero")
     if bounds and math.isfinite(largest):
         up = {**up, "range": [0, 1.12 * factor * max(largest, min(bound for _, bound in bounds))]}
-    drawn = (
-        charts.figure_of(
-            data, {"xaxis": across, "yaxis": up, "shapes": shapes, "annotations": notes, "showlegend": len(runs) == 1}
-        )
-        if data
-        else None
-    )
+    drawn = charts.figure_of(data, {"xaxis": across, "yaxis": up, "showlegend": len(runs) == 1}) if data else None
     return Block(f"chart-slo-{shown.key}", f"{shown.name} over load", _latency_finding(runs, shown), READ,
                  _latency_table(runs, shown), drawn, missing="Nothing to draw: no percentile has the samples it needs.")  # fmt: skip
 
@@ -117,17 +109,8 @@ def _latency_finding(runs: Sequence[RunView], shown: Shown) -> str:
     for run, name in zip(runs, view.labels(runs), strict=True):
         for which, bound in _bound(run, shown.key):
             rows = [(key, _known(point, shown.key, which)) for key, point in view.keyed(run).items()]
-            good = [key for key, value in rows if value <= bound]
-            missed = [key for key, value in rows if value > bound]
-            text = f"{shown.short} {which} ≤ {shown.show(bound)} is met "
-            text += f"up to {view.key_label(good[-1], full=True)}" if good else "nowhere"
-            text += (
-                f" and missed from {view.key_label(missed[0], full=True)} on"
-                if missed
-                else ", and missed nowhere"
-                if good
-                else ""
-            )
+            good, missed = [key for key, v in rows if v <= bound], [key for key, v in rows if v > bound]
+            text = f"{shown.short} {which} ≤ {shown.show(bound)} is {_where(good, missed)}"
             said.append((f"{name}: " if name else "") + text + ".")
     if said:
         return " ".join(said)
@@ -138,6 +121,25 @@ def _latency_finding(runs: Sequence[RunView], shown: Shown) -> str:
     low, high = rows[0], rows[-1]
     return (f"No objective is stated for it; its median goes from {shown.show(low[1])} at {view.key_label(low[0], full=True)} to "
             f"{shown.show(high[1])} at {view.key_label(high[0], full=True)}.")  # fmt: skip
+
+
+def _where(good: Sequence[Key], missed: Sequence[Key]) -> str:
+    """At which loads it is met and missed: by the load where that parts them, else one by one."""
+    if not good and not missed:
+        return "not shown by the samples"
+    if not missed:
+        return f"met at every load, up to {view.key_label(good[-1], full=True)}"
+    if not good:
+        return f"missed at every load, from {view.key_label(missed[0], full=True)} on"
+    if good[-1] < missed[0]:
+        return (
+            f"met up to {view.key_label(good[-1], full=True)} and missed from {view.key_label(missed[0], full=True)} on"
+        )
+    said = [
+        ", ".join(view.key_label(key, full=True) for key in part[:6]) + (", …" if len(part) > 6 else "")
+        for part in (good, missed)
+    ]
+    return f"met at {said[0]} and missed at {said[1]}"
 
 
 def _latency_table(runs: Sequence[RunView], shown: Shown) -> Table:

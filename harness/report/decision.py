@@ -40,7 +40,8 @@ class Check:
             return f"{name}: {self.why}"
         worse = "less" if self.metric in RATES else "more"
         said = f"{worse} than" if self.status == MISSES else "within"
-        return f"{name} {show(self.metric, self.value)}, {said} {show(self.metric, self.bound)}"
+        digits = next((d for d in (3, 4, 5) if show(self.metric, self.value, d) != show(self.metric, self.bound, d)), 6)
+        return f"{name} {show(self.metric, self.value, digits)}, {said} {show(self.metric, self.bound, digits)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,8 @@ def metric_name(metric: str) -> str:
     return f"{family.upper().replace('_SCHEDULED', ' as scheduled')} {which}"
 
 
-def show(metric: str, value: float) -> str:
-    return units.number(value, 3) if metric in RATES else units.seconds(value, 3)
+def show(metric: str, value: float, digits: int = 3) -> str:
+    return units.number(value, digits) if metric in RATES else units.seconds(value, digits)
 
 
 def objective(run: RunView) -> str:

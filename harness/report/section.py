@@ -22,8 +22,9 @@ class Block:
     read: str
     table: Table
     figure: Figure | None = None
-    high: bool = False
     missing: str = "Nothing to draw: no value was measured or predicted."
+    high: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from harness.report import (
     against,
     capacity,
     compare_section,
+    corrections,
     glossary,
     limits,
     provenance,
@@ -53,5 +54,6 @@ SECTIONS = (
     Section("start", "Engine start", "starts", _starts),
     Section("findings", "Validity findings", "findings", tables.findings),
     Section("repeat", "How to reproduce", "repeat", provenance.section),
+    Section("ledger", "Ledger of corrections", "tables", corrections.section),
     Section("glossary", "Glossary", "glossary", glossary.section),
 )

@@ -115,7 +115,7 @@ def _answer(run: RunView) -> dict[str, Any]:
     """The decision in a word and a sentence, with the five figures that it rests on."""
     found = decision.decide(run)
     facts = _facts(run, found) if found.chosen else []
-    return {"word": found.word, "glyph": decision.GLYPHS[found.word], "reason": found.reason, "objective": decision.objective(run), "facts": facts,
+    return {"word": found.word, "glyph": decision.GLYPHS[found.word], "reason": found.reason, "objective": "" if (goal := decision.objective(run)) in found.reason else goal, "facts": facts,
             "style": {decision.YES: "valid", decision.NO: "invalid"}.get(found.word, "suspect")}  # fmt: skip
 
 
@@ -129,8 +129,8 @@ def _facts(run: RunView, found: decision.Decision) -> list[tuple[str, str, str]]
     share, limit = decision.roof_share(run, point), view.limit_word(view.text(point, "predicted", "limit"))
     many = view.num(point, "trials")
     return [
-        ("Largest load that meets it" if found.meets else "Most output at", view.key_label(key, full=True),
-         f"of {len(found.held)} measured" if found.meets else decision.objective(run) and "no load meets the objective"),
+        ("Largest load that meets it" if found.meets else "Most output at", view.marked(key, point, full=True),
+         f"of {len(found.held)} measured" if found.meets else decision.objective(run) and "no load was shown to meet it"),
         ("Output, all requests", units.rate(was.value, "tokens", 3),
          f"95 % interval {span}" if span else f"{units.count(many)} trial{'' if many == 1 else 's'}: no interval"),
         ("Requests", units.rate(requests, "requests", 3) if math.isfinite(requests) else "not measured",
