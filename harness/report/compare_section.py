@@ -38,7 +38,8 @@ def section(runs: Sequence[RunView]) -> Compared | None:
     if len(runs) < 2:
         return None
     found, names, room = changes.changes(runs), view.labels(runs), view.room(runs)
-    shown = [c for c in found if c.run < room]
+    most = list(dict.fromkeys(c.key for c in found))[: view.MOST_OF_FEW // 2]
+    shown = [c for c in found if c.run < room and c.key in most]
     cut = f"Charts and tables show the first {room} of {len(runs)} runs: a page has no room for more. `--format json` has all."
     return Compared(
         [_block(metric, rows, names) for metric in METRICS if (rows := [c for c in shown if c.metric == metric])],

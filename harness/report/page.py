@@ -34,10 +34,15 @@ _EAGER = 2  # charts drawn at once; the others when they come near
 def render(runs: Sequence[RunView]) -> str:
     """The whole report of one run, or of several side by side, as one HTML document."""
     runs = view.named(runs)
-    shown = runs[: view.room(runs)]
+    fit = runs[: view.room(runs)]
+    shown = [view.thinned(run, view.MOST_OF_FEW // len(fit)) for run in fit] if len(fit) < 3 else fit
+    cut = sum(len(view.points(run)) for run in fit) - sum(len(view.points(run)) for run in shown)
+    meta = head.meta(runs) + (
+        [f"{cut} of the points are in no chart or table here, but in summary.json"] if cut else []
+    )
     contents = ((section, section.build(runs if section.id in OF_ALL else shown)) for section in SECTIONS)
     built = [(section, content) for section, content in contents if content is not None]
-    return document(built, title=head.title(runs), meta=head.meta(runs),
+    return document(built, title=head.title(runs), meta=meta,
                     description=verdict(runs[0].summary) if runs else "An empty report.")  # fmt: skip
 
 

@@ -139,12 +139,22 @@ def labels(runs: Sequence[RunView]) -> list[str]:
 
 
 MOST_POINTS = 40  # of several runs together, in charts and tables: a page stays below 2 MB, whatever it is made of
+MOST_OF_FEW = 100  # of one run, or of two
 
 
 def room(runs: Sequence[RunView]) -> int:
     """How many of the runs, from the first on, a page shows point by point: at least two."""
     totals = accumulate(len(points(run)) for run in runs)
     return max(min(2, len(runs)), sum(total <= MOST_POINTS for total in totals))
+
+
+def thinned(run: RunView, most: int) -> RunView:
+    """The run with at most so many of its points, evenly taken, the first and the last among them."""
+    all_points = points(run)
+    if len(all_points) <= most:
+        return run
+    kept = sorted({round(k * (len(all_points) - 1) / (most - 1)) for k in range(most)})
+    return replace(run, summary=run.summary | {"points": [all_points[k] for k in kept]})
 
 
 def named(runs: Sequence[RunView]) -> list[RunView]:
