@@ -107,6 +107,16 @@ def errors(e: Evidence) -> Finding | None:
                    "mend the cause first: the engine's log and the records' error column say more")  # fmt: skip
 
 
+def not_sent(e: Evidence) -> Finding | None:
+    left = e.row.get("not_sent") or 0
+    if not left:
+        return None
+    n, planned = (units.count(e.row[key]) for key in ("requests", "planned"))
+    return Finding("V026", "info", f"{planned} requests were planned, {n} ended: {units.count(left)} were not sent, or were cut off",
+                   "figures are those of the requests that ended, and the last of a plan may be unlike the first",
+                   "let the run end, or give it the time that its requests need (workload.duration_s)")  # fmt: skip
+
+
 def _lengths(e: Evidence, column: str) -> str:
     found = e.tally.lengths[column]
     if not found.wrong:
@@ -386,7 +396,7 @@ def absent_senses(senses: Mapping[str, str | None]) -> list[Finding]:
 
 
 CHECKS: tuple[Callable[[Evidence], Finding | None], ...] = (
-    errors, another_tools, contradicts_itself, clocks, client_lag, client_cpu, stolen_core, collector, cgroup_throttled, shared_machine, late_sending,
+    errors, not_sent, another_tools, contradicts_itself, clocks, client_lag, client_cpu, stolen_core, collector, cgroup_throttled, shared_machine, late_sending,
     input_length, output_length, no_usage, cache_hits,
     burst, server_disagrees, batch_ran, preemptions, gpu_throttled, beats_physics, drift, several_per_event, samples, oddities,
 )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from harness import __version__, redaction
+from harness.cli_capacity import app as capacity_app
 from harness.cli_gate import app as gate_app
 from harness.cli_plan import app as plan_app
 from harness.records import RidgelineError
@@ -24,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 config_app = typer.Typer(no_args_is_help=True, help="Scenario files: a schema for editors, and one to start from.")
 app.add_typer(config_app, name="config")
 app.add_typer(gate_app)
+app.add_typer(capacity_app)
 app.add_typer(plan_app)
 
 
@@ -294,10 +296,14 @@ def predict(
     rate: Annotated[str | None, typer.Option(help="Requests per second (open): 1,2,5.")] = None,
     framework: Annotated[str | None, typer.Option(help="vllm, sglang, tensorrt-llm, llama.cpp, transformers …")] = None,
     prefix_share: Annotated[float, typer.Option(help="Share of each prompt that a prefix cache holds.")] = 0.0,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the memory that the engine takes.")] = 0.9,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens of a pass; 0: the framework's.")] = 0,
+    kv_space: Annotated[str | None, typer.Option(help="Space for the KV cache of each accelerator: 4GiB.")] = None,
     draft_model: Annotated[str | None, typer.Option(help="A model that speculates.")] = None,
     draft_tokens: Annotated[int, typer.Option(help="Tokens that it proposes at a time.")] = 3,
     acceptance: Annotated[float, typer.Option(help="Share of its tokens that are accepted.")] = 0.7,
     calibration: Annotated[Path | None, typer.Option(help="A file of `ridgeline calibrate`.")] = None,
+    page: Annotated[Path | None, typer.Option("--report", help="Write it as a page, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict before any server is started or hardware bought: a row for each combination."""
@@ -305,10 +311,11 @@ def predict(
 
     counts = {"batch": batch_sizes, "input_tokens": input_tokens, "output_tokens": output_tokens, "tp": tp}
     numbers = {name: _list(text, int, f"--{name.replace('_', '-')}") or [] for name, text in counts.items()}
+    room = theory.room(gpu_memory_utilization, max_num_batched_tokens, kv_space)
     asked = theory.Asked(model, hardware.split(","), dtype.split(","), kv_dtype, pp, ep, mode if rate is None else "open",
                          _list(rate, float, "--rate"), framework, prefix_share, calibration,
-                         (draft_model, draft_tokens, acceptance) if draft_model else None, **numbers)  # fmt: skip
-    typer.echo(theory.predict(asked, as_json))
+                         (draft_model, draft_tokens, acceptance) if draft_model else None, **numbers, room=room)  # fmt: skip
+    typer.echo(theory.predict(asked, as_json, page, ["ridgeline", *sys.argv[1:]]))
 
 
 @app.command()

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from harness import baseline, redaction, store, summary, units
+from harness import baseline, capacity_answer, redaction, store, summary, units
 from harness.progress import Progress
 from harness.records import RidgelineError, Table
-from harness.scenario import Places, Scenario, load, validate
+from harness.scenario import SEARCHED, Places, Scenario, load, validate
 from harness.theory.calibration import from_dict
 from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict
@@ -31,22 +31,44 @@ WHOLE = ("input_tokens", "output_tokens", "rate_ramp")  # a flag replaces these,
 
 def planned(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
     """A scenario file with the flags laid over it: a flag wins over the file.  What it names is there."""
-    from harness import preflight
+    return _laid(*_read(path), flags)
 
-    base: dict[str, Any] = {}
-    places = Places("the options")
-    if path is not None:
-        try:
-            with path.open(encoding="utf-8-sig") as file:
-                text = file.read(MAX_BYTES + 1)  # no more: it may be a device without end
-        except (OSError, UnicodeDecodeError) as problem:
-            raise RidgelineError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
-        found = load(text, str(path))
-        base, places = found.model_dump(mode="json", by_alias=True, exclude_unset=True), found.places
-        base.setdefault("name", path.stem)
+
+def searching(path: Path | None, flags: Mapping[str, Any]) -> Scenario:
+    """The scenario of `find-capacity`: a file, but for what the search chooses itself, with the flags laid over it; closed
+    loop where neither says otherwise."""
+    base, places = _read(path)
+    if not (flags["slo"] or base.get("slo")):
+        raise RidgelineError("--slo: names no objective; give one such as ttft_p95=500ms,itl_p95=50ms")
+    load = {key: value for key, value in base.get("workload", {}).items() if key not in SEARCHED}
+    load["mode"] = flags["workload"]["mode"] or (load.get("mode", "closed") if load.get("mode") != "wave" else "closed")
+    if load["mode"] == "open":
+        load["rates"] = [1.0]  # a workload needs one; the search has its own
+    base = {"name": "capacity", "capacity": {}} | base | {"workload": load}
+    return _laid({key: value for key, value in base.items() if key not in ("variants", "interleave")}, places, flags)
+
+
+def _read(path: Path | None) -> tuple[dict[str, Any], Places]:
+    """What a scenario file sets, and where; nothing of no file."""
+    if path is None:
+        return {}, Places("the options")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_BYTES + 1)  # no more: it may be a device without end
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RidgelineError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
+    found = load(text, str(path))
+    base = found.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    base.setdefault("name", path.stem)
+    return base, found.places
+
+
+def _laid(base: Mapping[str, Any], places: Places, flags: Mapping[str, Any]) -> Scenario:
+    from harness import named
+
     laid = dataclasses.replace(places, options=frozenset(_paths(_over({}, flags))))
     scenario = validate(_over(base, flags), places.where, laid)
-    preflight.named(scenario)
+    named.check(scenario)
     return scenario
 
 
@@ -85,8 +107,12 @@ def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, qui
     """Run, summarise, report, print; returns the exit code."""
     from harness.run import play
 
-    progress = Progress(quiet)
-    outcome = event_loop(play(scenario, ["ridgeline", *sys.argv[1:]], out, RESULTS, progress, resume))
+    progress, steer = Progress(quiet), None
+    if scenario.capacity:
+        from harness.find import Search
+
+        steer = Search(scenario)
+    outcome = event_loop(play(scenario, ["ridgeline", *sys.argv[1:]], out, RESULTS, progress, resume, steer=steer))
     if outcome.at_once:
         progress.line(f"stopped at once; `ridgeline report {outcome.folder}` makes a report of what was measured")
         return int(outcome.code)
@@ -98,6 +124,8 @@ def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, qui
         print(json.dumps(store.clean(summary.public(found, str(outcome.folder))), allow_nan=False))
     else:
         print(redaction.clean(text_of(found, outcome.folder, page if with_report else None)))
+    if found.get("capacity"):
+        return outcome.code or capacity_answer.code(found["capacity"])
     return outcome.code or exit_code(found, scenario, strict)
 
 
@@ -375,6 +403,9 @@ def _log_tail(folder: Path, size: int = 4000) -> str:
 
 def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
     """The last lines on the terminal: verdict, table, worst finding, paths."""
+    if found.get("capacity"):
+        url = (found["engine"] or {}).get("url")
+        return capacity_answer.text(found["capacity"], str(folder), str(page) if page else None, url)
     lines = [found["verdict_sentence"], "", f"{'point':>14} {'TTFT':>10} {'ITL':>10} {'E2E':>10} {'tokens/s':>9} "
              f"{'pred. ITL':>10} {'ratio':>6} {'failed':>9}  verdict"]  # fmt: skip
     for p in found["points"]:
@@ -387,7 +418,8 @@ def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
         )
         figures = [units.seconds(p[name]["mean"], 3) for name in ("ttft_s", "itl_s", "e2e_s")]
         lines.append(f"{label:>14} {figures[0]:>10} {figures[1]:>10} {figures[2]:>10} "
-                     f"{units.number(p['output_tokens_per_s'], 3):>9} {itl:>10} {ratio:>6} {p['errors']:>4}/{p['requests']:<4}  {p['verdict']}")  # fmt: skip
+                     f"{units.number(p['output_tokens_per_s'], 3):>9} {itl:>10} {ratio:>6} {p['errors']:>4}/{p['requests']:<4}  {p['verdict']}"
+                     + (f", {p['not_sent']} of {p['planned']} not sent" if p.get("not_sent") else ""))  # fmt: skip
     worst = [f for p in found["points"] for f in p["findings"] if f["severity"] == p["verdict"] != "valid"] + found[
         "findings"
     ]
@@ -411,6 +443,11 @@ def plan_text(scenario: Scenario) -> str:
     lines = [f"{scenario.name}: {workload.mode}, {asked}, {trials}, engine {scenario.engine.kind}"]
     if scenario.variants:
         lines.append(f"  for each of {', '.join(scenario.variants)}{', in turn' if scenario.interleave else ''}:")
+    if search := scenario.capacity:
+        what = "rate" if workload.mode == "open" else "batch size"
+        lines.append(f"  a search for the highest {what} that holds {scenario.slo}: at most {search.max_points} points, "
+                     f"{units.seconds(search.max_time_s)}")  # fmt: skip
+        return "\n".join(lines)
     theory = scenario.theory.model_dump(by_alias=True)
     wants = theory["model_config"] and theory["hardware"] not in (None, "machine")
     inputs = theory_inputs(theory, {}, Progress()) if wants else None

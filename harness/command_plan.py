@@ -13,14 +13,18 @@ from typing import Any
 import orjson
 
 from harness import command_theory, models, planning, planning_text, slo, store, units
+from harness import prices as price_lists
 from harness.planning import Advice, Objective, Plan, Point, Run, Span, Way
 from harness.records import NAN, RidgelineError
 from harness.report import view
+from harness.theory.dtypes import dtype_named
 from harness.theory.hardware import Hardware, find, from_row
 from harness.theory.shape import Model
 
-PER_HOUR = {"/h": 1.0, "/min": 60.0, "/d": 1 / 24, "/month": 1 / planning.HOURS_A_MONTH}
-_PRICE = re.compile(r"\$?\s*(\d+(?:\.\d+)?|\.\d+)\s*(/[a-z]+)")
+DEFAULTS: dict[str, Any] = {
+    "model": None, "hardware": None, "slo": "ttft_p95=500ms,itl_p95=50ms", "rate": None, "input_tokens": 350,
+    "output_tokens": 150, "dtype": None, "kv_dtype": "auto", "tp": [1, 2, 4, 8], "framework": "vllm", "calibration": None,
+    "prices": [], "runs": [], "out": None}  # fmt: skip
 LIKE = 0.1  # lengths of a run may differ by so much from those asked for
 
 
@@ -59,21 +63,55 @@ def plan(asked: Asked, as_json: bool, words: Sequence[str]) -> str:
     return planning_text.text(found, told, str(out))
 
 
+def asked_of(scenario: Path | None, given: Mapping[str, Any]) -> Asked:
+    """What is asked for: the options (those not None in `given`), over what a scenario says of model, hardware, load and
+    objectives, over the defaults.  Raises RidgelineError where model or hardware are in neither."""
+    values = DEFAULTS | (_of_scenario(scenario) if scenario else {})
+    values |= {key: value for key, value in given.items() if value is not None}
+    for key, flag in (("model", "--model"), ("hardware", "--hardware")):
+        if not values.get(key):
+            raise RidgelineError(f"{flag}: missing; name it, or a scenario whose theory does")
+    return Asked(**values)
+
+
+def _of_scenario(path: Path) -> dict[str, Any]:
+    from harness import command
+
+    found = command.planned(path, {})
+    theory, work = found.theory, found.workload
+    lengths = {key: getattr(work, key) for key in ("input_tokens", "output_tokens")}
+    for key, value in lengths.items():
+        if not isinstance(value, int):
+            raise RidgelineError(
+                f"{found.at('workload', key)}: a plan takes one length; give --{key.replace('_', '-')}"
+            )
+    rate = work.rates[0] if work.mode == "open" and work.rates else None
+    row = theory.hardware if theory.hardware != "machine" else None
+    values: dict[str, Any] = {
+        "model": theory.model_config_path or found.model, "hardware": [row] if row else None, "slo": found.slo, "rate": rate,
+        "dtype": [theory.dtype] if theory.dtype else None, "kv_dtype": theory.kv_dtype, "framework": theory.framework,
+        "calibration": Path(theory.calibration) if theory.calibration else None,
+        "prices": [f"{row}={found.price}"] if row and found.price else None, **lengths}  # fmt: skip
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def found_of(asked: Asked) -> Plan:
     """The plan that is asked for.  Raises RidgelineError for whatever makes no sense."""
     objectives = objectives_of(asked.slo)
     if asked.rate is not None and not (math.isfinite(asked.rate) and asked.rate > 0):
         raise RidgelineError(f"--rate: got {asked.rate:g}, expected requests per second, more than 0")
     model = models.load(asked.model)
-    rows = [row for name in asked.hardware for row in command_theory.hardware_rows(name.strip())]
+    model = replace(model, name=view.shorten(model.name, 80))
+    rows = [_shown(row) for name in asked.hardware for row in command_theory.hardware_rows(name.strip())]
     rows = list({row.name: row for row in rows}.values())
+    dtypes = None if asked.dtype is None else ["auto" if d == "auto" else dtype_named(d) for d in asked.dtype]
     load = planning.Load(asked.input_tokens, asked.output_tokens, asked.rate)
     runs = [_run(folder, model, load, objectives) for folder in asked.runs]
     prices = prices_of(asked.prices, [*rows, *(run.hardware for run in runs)])
     rows = [_priced(row, prices) for row in rows]
     runs = [replace(run, hardware=_priced(run.hardware, prices)) for run in runs]
     calibration = command_theory.calibration_of(asked.calibration) if asked.calibration else None
-    return planning.plan(model, rows, load, objectives, dtypes=asked.dtype, tps=asked.tp, kv_dtype=asked.kv_dtype,
+    return planning.plan(model, rows, load, objectives, dtypes=dtypes, tps=asked.tp, kv_dtype=asked.kv_dtype,
                          framework=asked.framework, calibration=calibration, runs=runs)  # fmt: skip
 
 
@@ -98,11 +136,7 @@ def prices_of(texts: Sequence[str], rows: Sequence[Hardware]) -> dict[str, float
         name = key if key in known else _named(key)
         if name not in known:
             raise RidgelineError(f"--price: {key!r} is none of the hardware asked for: {', '.join(known)}")
-        match = _PRICE.fullmatch(value)
-        if not match or match[2] not in PER_HOUR or not float(match[1]) > 0:
-            raise RidgelineError(f"--price {key}: got {value!r}, expected US dollars with one of {', '.join(PER_HOUR)}, "
-                                 "such as 1.2/h")  # fmt: skip
-        found[name] = float(match[1]) * PER_HOUR[match[2]]
+        found[name] = price_lists.usd_per_h(value, f"--price {key}")
     return found
 
 
@@ -121,6 +155,12 @@ def _named(key: str) -> str:
         return find(key).name
     except RidgelineError:
         return ""
+
+
+def _shown(row: Hardware) -> Hardware:
+    """A row of the user's as a page may show it: printable, and no text that fills it."""
+    return replace(row, name=view.shorten(row.name, 60), source=view.shorten(row.source, 500),
+                   notes=view.shorten(row.notes, 1000), price_source=view.shorten(row.price_source, 200))  # fmt: skip
 
 
 def _priced(row: Hardware, prices: Mapping[str, float]) -> Hardware:
@@ -146,7 +186,7 @@ def _run(folder: Path, model: Model, load: planning.Load, objectives: Sequence[O
     dtype = theory.get("dtype") or "auto"
     dtype = (own.dtype if own else "unknown") if dtype == "auto" else dtype
     points = tuple(point for p in found["points"] if (point := _point(p, objectives)) is not None)
-    return Run(found.get("name") or folder.name, from_row(inputs["hardware"]), dtype, int(theory.get("tp") or 1), points,
+    return Run(view.shorten(folder.resolve().name, 40), from_row(inputs["hardware"]), dtype, int(theory.get("tp") or 1), points,
                _unlike(found, own, model, load))  # fmt: skip
 
 

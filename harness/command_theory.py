@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,14 @@ import pandas as pd
 
 from harness import models, store, units
 from harness.records import RidgelineError
+from harness.report.predict_page import Part, render
 from harness.theory import calibrate as fitting
 from harness.theory import predict as sentences
 from harness.theory import validate as holding
 from harness.theory.calibration import Calibration, from_dict
 from harness.theory.hardware import Hardware, from_row
+from harness.theory.memory import kv_capacity, kv_space_bytes
+from harness.theory.roofline import Room
 from harness.theory.sweep import Sweep, sweep
 
 MOST = 200_000  # points of one call
@@ -48,10 +52,16 @@ class Asked:
     input_tokens: list[int]
     output_tokens: list[int]
     tp: list[int]
+    room: Room
 
 
-def predict(asked: Asked, as_json: bool) -> str:
-    """The table, or the object with every point in full."""
+def room(share: float, batched_tokens: int, kv_space: str | None) -> Room:
+    """What an engine is told of memory; `kv_space` with its unit."""
+    return Room(share, batched_tokens, units.parse(kv_space, "bytes", "--kv-space") if kv_space else math.nan)
+
+
+def predict(asked: Asked, as_json: bool, page: Path | None = None, words: Sequence[str] = ()) -> str:
+    """The table, or the object with every point in full; with `page` the same as a page of the command `words`."""
     if asked.mode == "open" and asked.rate:
         asked = dataclasses.replace(asked, batch=[1])  # what is in flight follows from the rate
     points = len(asked.batch) * len(asked.input_tokens) * len(asked.output_tokens)
@@ -60,20 +70,14 @@ def predict(asked: Asked, as_json: bool) -> str:
     if points * len(asked.hardware) * len(asked.dtype) * len(asked.tp) * len(asked.rate or [0]) > MOST:
         raise RidgelineError(f"more than {MOST} combinations: ask for fewer at once")
     found = list(_sweeps(asked))
-    return _predict_json(found) if as_json else _predict_text(asked, found)
+    if page is not None:
+        store.write_text(page, render(found, asked.model, asked.mode, shlex.join(words)))
+    if as_json:
+        return _predict_json(found)
+    return _predict_text(asked, found) + (f"\nreport: {page}" if page is not None else "")
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    hardware: Hardware
-    dtype: str
-    tp: int
-    rate: float | None
-    sweep: Sweep | None
-    reason: str
-
-
-def _sweeps(asked: Asked) -> Iterator[_Part]:
+def _sweeps(asked: Asked) -> Iterator[Part]:
     """A sweep for each hardware, dtype, tp and rate; one that cannot be says why, if others can."""
     model = models.load(asked.model)
     calibration = calibration_of(asked.calibration) if asked.calibration else None
@@ -85,12 +89,13 @@ def _sweeps(asked: Asked) -> Iterator[_Part]:
         try:
             found = sweep(model, row, batch=batch, input_tokens=i, output_tokens=o, dtype=dtype, kv_dtype=asked.kv_dtype,
                           tp=tp, pp=asked.pp, dp=max(1, asked.ep // tp), mode=asked.mode, rate=rate,
-                          framework=asked.framework, cached_share=asked.prefix_share, draft=draft, calibration=calibration)  # fmt: skip
-            yield _Part(row, dtype, tp, rate, found, "")
+                          framework=asked.framework, cached_share=asked.prefix_share, draft=draft, calibration=calibration,
+                          room=asked.room)  # fmt: skip
+            yield Part(row, dtype, tp, rate, found, "")
         except RidgelineError as problem:
             if len(rows) * len(asked.dtype) * len(asked.tp) == 1:
                 raise
-            yield _Part(row, dtype, tp, rate, None, str(problem))
+            yield Part(row, dtype, tp, rate, None, str(problem))
 
 
 def hardware_rows(name: str) -> list[Hardware]:
@@ -103,7 +108,7 @@ def hardware_rows(name: str) -> list[Hardware]:
     return [from_row(machine.row(None, Progress().line))]
 
 
-def _predict_json(found: list[_Part]) -> str:
+def _predict_json(found: list[Part]) -> str:
     explained = sum(len(part.sweep) for part in found if part.sweep) <= MOST_SENTENCES
     parts = []
     for part in found:
@@ -112,11 +117,13 @@ def _predict_json(found: list[_Part]) -> str:
             parts.append(head | {"reason": part.reason, "points": []})
             continue
         points = list(_explained(part, part.sweep) if explained else _brief(part.sweep))
+        tokens, block = kv_capacity(part.sweep.setup)
+        head |= {"kv_cache": {"bytes": kv_space_bytes(part.sweep.setup), "tokens": tokens, "block_tokens": block}}
         parts.append(head | {"model": part.sweep.setup.model.name, "mode": part.sweep.mode, "points": points})
     return orjson.dumps({"schema": 1, "predictions": parts}).decode()  # NaN becomes null
 
 
-def _explained(part: _Part, found: Sweep) -> Iterator[dict[str, Any]]:
+def _explained(part: Part, found: Sweep) -> Iterator[dict[str, Any]]:
     """Every point in full, with US dollars for a million output tokens where an hour has a price."""
     for at in range(len(found)):
         point = sentences.point(found, at)
@@ -145,10 +152,11 @@ def _brief(found: Sweep) -> Iterator[dict[str, Any]]:
         yield point
 
 
-def _predict_text(asked: Asked, found: list[_Part]) -> str:
+def _predict_text(asked: Asked, found: list[Part]) -> str:
     lines = [f"{'hardware':<18} {'dtype':>5} {'tp':>2} {'batch':>5} {'in':>6} {'out':>6} {'TTFT':>9} {'ITL':>9} {'E2E':>9} "
              f"{'tokens/s':>9} {'90 % of ITL':>19}  limit"]  # fmt: skip
     notes: dict[str, None] = {}
+    capacity: dict[str, str] = {}
     for part in found:
         head = f"{part.hardware.name:<18} {part.dtype:>5} {part.tp:>2}"
         if part.sweep is None:
@@ -156,13 +164,16 @@ def _predict_text(asked: Asked, found: list[_Part]) -> str:
             continue
         notes |= dict.fromkeys(part.sweep.setup.notes)
         lines += [f"{head} {_line(part, at)}" for at in range(len(part.sweep))]
+        tokens, block = kv_capacity(part.sweep.setup)
+        capacity[f"{part.hardware.name} {part.dtype} tp {part.tp}"] = f"{tokens:,} tokens (blocks of {block})"
+    lines += ["", *(f"KV cache of {name}: {held}" for name, held in capacity.items())]
     calibrated = f", calibrated by {asked.calibration}" if asked.calibration else ""
     framework = next((p.sweep.setup.framework.name for p in found if p.sweep), "generic")
     lines += ["", f"{asked.model}, {asked.mode}, framework {framework}{calibrated}; --json says why of each"]
     return "\n".join(lines + [f"note: {note}" for note in notes])
 
 
-def _line(part: _Part, at: int) -> str:
+def _line(part: Part, at: int) -> str:
     s = part.sweep
     assert s is not None
     in_flight = s.running[at] if part.rate else s.batch[at]

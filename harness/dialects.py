@@ -1,8 +1,8 @@
 """What servers say: Request -> (path, body); stamped bytes -> tokens, usage and the class of the ending.
 
 Sans-I/O, so streams recorded from real servers are its tests.  The parser follows the WHATWG event-stream rules
-(https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream) on bytes, with three deviations:
-a final `data: [DONE]` without its blank line is accepted, and so are errors in a field `error:` and in an event `error` without data.
+(https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream) on bytes, with four deviations:
+empty data tells nothing, a final `data: [DONE]` without its blank line is accepted, and so are errors in a field `error:` and in an event `error` without data.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ LEGAL_FINISH = frozenset({"stop", "length", "tool_calls", "function_call", "cont
 TOKENS_AT_MOST = 10**9  # a larger count is no count
 MISMATCH = 0.10  # usage may differ from what came by so much before it is doubted
 GZIP, DEFLATE, RAW_DEFLATE = 31, 15, -15  # zlib's wbits
+SLICE = 2**16  # unpacked at once: what follows a stream is copied, and a body may be a million streams of nothing
 
 # Extra body fields that make the output length exact, most demanding first; a probe finds which the server takes.
 NO_STOP: tuple[tuple[str, ...], ...] = (("ignore_eos", "min_tokens"), ("ignore_eos",), ("min_tokens",), ())
@@ -157,12 +158,13 @@ def decoded(body: bytes, ends: Sequence[int], coding: str, most: int) -> tuple[b
     unpacker, at, found, out_ends = zlib.decompressobj(wbits), 0, bytearray(), []
     try:
         for end in ends:
-            piece, at = body[at:end], end
-            while piece and len(found) <= most:
-                found += unpacker.decompress(piece, most + 1 - len(found))
-                piece = unpacker.unconsumed_tail
-                if unpacker.eof:  # a stream may be several, one after the other; zeros after it are padding
-                    piece, unpacker = unpacker.unused_data.lstrip(b"\0"), zlib.decompressobj(wbits)
+            while at < end and len(found) <= most:
+                piece, at = body[at : min(at + SLICE, end)], min(at + SLICE, end)
+                while piece and len(found) <= most:
+                    found += unpacker.decompress(piece, most + 1 - len(found))
+                    piece = unpacker.unconsumed_tail
+                    if unpacker.eof:  # a stream may be several, one after the other; zeros after it are padding
+                        piece, unpacker = unpacker.unused_data.lstrip(b"\0"), zlib.decompressobj(wbits)
             out_ends.append(len(found))
     except zlib.error:
         return (
@@ -196,17 +198,19 @@ def _read_stream(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: S
     while event := next(coming, None):
         data, end, kind = event
         answer.events += 1
-        if data.strip() == b"[DONE]":
+        if (words := data.strip()) == b"[DONE]":
             answer.done = True
             break
+        if not words and not kind:  # a keep-alive, as some servers write it
+            continue
         try:
             message = _loads(data)
         except (ValueError, RecursionError):
-            words = data[:MESSAGE_CHARS].decode("utf-8", "replace")
+            text = data[:MESSAGE_CHARS].decode("utf-8", "replace")
             if kind == b"error":
-                _fail(answer, "server_error_in_band", words, force=True)
+                _fail(answer, "server_error_in_band", text, force=True)
             else:
-                _fail(answer, "encoding", f"an event is no JSON: {words}")
+                _fail(answer, "encoding", f"an event is no JSON: {text}")
             continue
         if problem := _in_band_error(message, kind):
             _fail(answer, "server_error_in_band", problem, force=answer.error_class == "encoding")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,26 +13,34 @@ import numpy as np
 from harness import lengths, tokens, trace
 from harness.arrivals import ARRIVALS, Stretch, expected, rescaled
 from harness.lengths import Asks
-from harness.records import Floats, Ints, Request
+from harness.records import NAN, Floats, Ints, Play, Request
 from harness.scenario import Workload
 
 
 @dataclass(slots=True)
 class Point:
-    """One line of the report: a batch size, a rate, or a rate that changes (`stretches`; `rate` is its mean)."""
+    """One line of the report: a batch size, a rate, or a rate that changes (`stretches`; `rate` is its mean).  `play`: of
+    its own, where a search chose it; else the workload says."""
 
     index: int
     batch_size: int | None
     rate: float | None
     stretches: tuple[Stretch, ...] = ()
     name: str = ""
+    play: Play | None = None
 
     @property
     def label(self) -> str:
         return self.name or (f"batch size {self.batch_size}" if self.batch_size else f"{self.rate:g} requests/s")
 
     def as_dict(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size, "rate": self.rate} | ({"label": self.name} if self.name else {})
+        return {"batch_size": self.batch_size, "rate": self.rate} | (
+            {"label": self.name} if self.name else {}) | ({"play": asdict(self.play)} if self.play else {})  # fmt: skip
+
+
+def searched(points: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """The points of a search, as run.json holds them."""
+    return [Point(i, p["batch_size"], p["rate"], play=Play(**p["play"])) for i, p in enumerate(points)]
 
 
 def points_of(workload: Workload) -> list[Point]:
@@ -65,6 +73,8 @@ def _replayed(workload: Workload) -> Floats:
 
 def counts_of(workload: Workload, point: Point) -> tuple[int, int | None]:
     """(warm-up requests, measured requests) of one trial; None measured: as many as the duration allows."""
+    if point.play:
+        return point.play.warmup, point.play.requests
     if workload.mode == "wave":
         size = point.batch_size or 1
         warm = math.ceil(workload.warmup / size) * size
@@ -83,6 +93,12 @@ def counts_of(workload: Workload, point: Point) -> tuple[int, int | None]:
     if workload.duration_s is None:
         return warm, (4 * point.batch_size if point.batch_size else 100) * workload.turns
     return warm, max(1, math.ceil(point.rate * workload.duration_s)) * workload.turns if point.rate else None
+
+
+def planned(workload: Workload, point: Point) -> int | None:
+    """Measured requests of all trials of a point; None where that is not known before."""
+    measured = counts_of(workload, point)[1]
+    return None if measured is None or workload.precision else measured * workload.trials
 
 
 def prompts_needed(workload: Workload) -> int | None:
@@ -153,7 +169,9 @@ def due_s(workload: Workload, point: Point, trial: int, n: int) -> Floats | None
     rng = np.random.default_rng([workload.seed, point.index, trial])
     if point.stretches:
         return rescaled(ARRIVALS[workload.arrivals](rng, 1.0, n, workload.burstiness), point.stretches)
-    return ARRIVALS[workload.arrivals](rng, point.rate, n, workload.burstiness)
+    found = ARRIVALS[workload.arrivals](rng, point.rate, n, workload.burstiness)
+    # A search looks at latency over the rate, so the rate is to be the one asked: arrivals given how many come.
+    return found * (n / point.rate / found[-1]) if point.play and found[-1] > 0 else found
 
 
 def trial_requests(workload: Workload, point: Point, trial: int, prompts: tokens.Prompts,
@@ -164,11 +182,14 @@ def trial_requests(workload: Workload, point: Point, trial: int, prompts: tokens
     asks = prompts.asks or asks_of(workload)[0]
     rows = list(zip(asks.input_tokens.tolist(), asks.output_tokens.tolist(), asks.after.tolist(), strict=True))
     due = due_s(workload, point, trial, warm + (measured or 0))
+    if point.play and point.play.fill_s and due is None:
+        due = np.concatenate([np.arange(size) * point.play.fill_s / size, np.full(warm + (measured or 0), NAN)])
     for i in itertools.count() if measured is None else range(warm + measured):
         number, row = next(numbers), i % len(rows)
         asked, output_tokens, before = rows[row]
         after = number - (row - before) if before >= 0 else None
         # A later turn is due when its session has come to it; in a trace, not before its own time either.
         scheduled_s = None if due is None or (after is not None and turns > 1) else float(due[i // turns])
+        scheduled_s = None if scheduled_s != scheduled_s else scheduled_s
         yield Request(number, prompts.at(number, i), output_tokens, scheduled_s, i % turns if turns > 1 else i // size,
                       i < warm, None if asked < 0 else asked, after, workload.think_time_s)  # fmt: skip

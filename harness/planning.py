@@ -23,6 +23,7 @@ from harness.theory import design, memory, tails
 from harness.theory.calibration import Calibration
 from harness.theory.dtypes import WHOLE
 from harness.theory.hardware import Hardware
+from harness.theory.roofline import Room
 from harness.theory.shape import Model
 from harness.theory.sweep import Sweep, limit_of, sweep
 
@@ -121,8 +122,8 @@ class Way:
     """One way to serve, and where it would be run.  Rates are of one replica, which is `tp` accelerators.
 
     `batch` is planned, `hoped` what would do if the predicted values themselves held; `binding` is what allows no larger
-    batch: the name of an objective, "memory", "sequences" (the engine's own limit) or "throughput" (a larger batch gives
-    no more); `limit` (one of records.LIMITS) is what the time that binds is made of at the next larger batch.  Costs are
+    batch: the name of an objective, "memory", "sequences" (the engine's own limit) "throughput" (a larger batch gives no
+    more) or "measured" (none larger was); `limit` (one of records.LIMITS) is what the time that binds is made of at the next larger batch.  Costs are
     of output tokens, at this batch (with a rate: at that rate, on `replicas`).  A `run` was measured; the others are
     predicted.
     """
@@ -290,7 +291,7 @@ def _in_flight(way: Way, rate: float) -> float:
 
 
 def _unfit(model: Model, hardware: Hardware, dtype: str, tp: int) -> str:
-    has = memory.usable_bytes(hardware) * tp * memory.MEMORY_SHARE
+    has = memory.usable_bytes(hardware) * tp * Room().share
     return f"{model.weight_bytes(dtype) / 1e9:.1f} GB of weights, {has / 1e9:.1f} GB that an engine can use"
 
 
@@ -335,7 +336,7 @@ def measured_way(run: Run, load: Load, objectives: Sequence[Objective]) -> Way:
     state = STATES[2] if not kept else STATES[0] if sure else STATES[1]
     larger = [p for p in points if p.batch > point.batch and p not in kept]
     broken = {o.name: p.times[o.name].value / o.bound_s for p in (larger[:1] if kept else [point]) for o in objectives}
-    binding = max(broken, key=lambda name: broken[name]) if broken else "throughput"
+    binding = max(broken, key=lambda name: broken[name]) if broken else "measured"
     whole = round(point.batch)
     return _costed(replace(
         way, state=state, batch=whole, hoped=whole, binding=binding, limit="", times=point.times,
@@ -371,8 +372,12 @@ def plan(
                                framework=framework, calibration=calibration)]  # fmt: skip
     if not any(way.curve for way in ways):
         first = min(ways, key=lambda way: STATES.index(way.state))
-        raise RidgelineError(f"{model.name} fits on none of {', '.join(row.name for row in hardware)}: {first.reason}; name "
-                             "hardware with more memory, or more of --tp")  # fmt: skip
+        if first.state == STATES[4]:
+            raise RidgelineError(first.reason)
+        raise RidgelineError(
+            f"{model.name} fits on none of {', '.join(row.name for row in hardware)}: {first.reason}; name hardware with "
+            "more memory, or more of --tp"
+        )
     ways += [measured_way(run, load, objectives) for run in runs]
     asked = [w for w in ways if w.allowed]
     levers = [w for w in ways if not w.allowed and w.run is None]

@@ -17,12 +17,17 @@ BINDINGS = {
     "memory": "memory: no further sequence's KV cache fits",
     "sequences": f"the engine's own limit of {planning.MOST_SEQUENCES:,} sequences",
     "throughput": "a larger batch gives no more tokens/s",
+    "measured": "no larger batch was measured",
 }
 
 
 def usd(value: float, digits: int = 3) -> str:
-    """US dollars: usd(0.07626) is "$0.0763"; "price unknown" where there is none."""
-    return "price unknown" if units.is_missing(value) else f"${units.number(value, digits)}"
+    """US dollars: usd(0.064) is "$0.0640", usd(1.4) "$1.40", usd(2153.5) "$2,154"; "price unknown" where there is none."""
+    if units.is_missing(value):
+        return "price unknown"
+    if value < 1e-3 or value >= 1000:
+        return f"${units.number(value, digits)}"
+    return f"${value:#.{digits}g}".rstrip(".")
 
 
 def span_usd(span: Span) -> str:
@@ -69,8 +74,13 @@ def binds(way: Way) -> str:
 
 
 def limit(way: Way) -> str:
-    word = limit_word(way.limit) if way.limit else "not known: measured"
+    word = limit_word(way.limit) if way.limit else binds(way)
     return word[:1].upper() + word[1:]
+
+
+def limit_and_binds(way: Way) -> str:
+    """ "Compute: ITL p95"; of a measured way only what stopped it, its cause is not known."""
+    return f"{limit(way)}: {binds(way)}" if way.limit else limit(way)
 
 
 def largest_term(way: Way) -> str:
@@ -119,7 +129,7 @@ def verdict(found: Plan) -> str:
         batch = f"{units.number(way.in_flight, 3)} in flight each (room for {units.count(way.batch)})"
     parts = ", ".join(part for part in (split(way), way.dtype, batch) if part)
     sentence = f"{verb} {what(way)} ({parts}): {cost}"
-    sentence += f", {usd(way.usd_per_month.value, 4)} a month." if way.priced else "."
+    sentence += f", {usd(way.usd_per_month.value)} a month." if way.priced else "."
     if found.verdict == "cannot tell":
         sentence += (
             " Only the predicted values meet the objectives, not the upper ends of their intervals: measure first."
@@ -175,7 +185,8 @@ def cost(found: Plan, way: Way) -> tuple[str, str]:
     if not way.works:
         return "–", ""
     if way.priced:
-        return usd(way.usd_per_million.value), span_usd(way.usd_per_million)
+        interval = span_usd(way.usd_per_million)
+        return usd(way.usd_per_million.value), f"95 %: {interval}" if way.run and interval else interval
     if found.choice and found.choice.priced and found.choice is not way:
         below = planning.break_even_usd_per_h(way, found.choice, found.load)
         return "price unknown", f"best < {usd(below, 2)}/h"
@@ -247,8 +258,8 @@ def _line(found: Plan, way: Way) -> str:
         return f"{name:<22} {way.dtype:>7} {state(found, way)}"
     value, interval = cost(found, way)
     times = "".join(f"{units.seconds(way.times[o.name].value, 3):>10} " for o in found.objectives)
-    month = usd(way.usd_per_month.value, 4) if way.priced and way.works else "–"
-    told = f"{limit(way)}, {binds(way)}" if way.works else state(found, way)
+    month = usd(way.usd_per_month.value) if way.priced and way.works else "–"
+    told = limit_and_binds(way) if way.works else state(found, way)
     return (
         f"{name:<22} {way.dtype:>7} {way.batch:>6} {times}{units.number(way.tokens_per_s.value, 3):>9} {value:>11} "
         f"{interval.replace('$', ''):>17} {month:>9}  {told}"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import resource
 import shutil
 import ssl
-import stat
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,7 +17,7 @@ from harness.plan import prompts_needed
 from harness.progress import Progress
 from harness.records import RidgelineError
 from harness.scenario import Scenario, Workload
-from harness.wire import Target, Wire, connect, parse_url, resolve
+from harness.wire import Target, Wire, connect, resolve
 
 LOOK_UP_S = 2.0
 CONNECT_S = 2.5
@@ -41,41 +39,6 @@ def here(scenario: Scenario, folder: Path) -> None:
     _descriptors(most, asked)
     _ports(most, asked)
     _disk(folder, bytes_of(scenario.workload))
-
-
-def named(scenario: Scenario) -> None:
-    """The files and addresses that a scenario names.  Raises RidgelineError (code 2) with the key, and what is wrong."""
-    workload = scenario.workload
-    for key in ("prompts", "trace"):
-        _file(getattr(workload, key), scenario.at("workload", key))
-    for key in ("input_tokens", "output_tokens"):
-        _file(getattr(getattr(workload, key), "file", None), scenario.at("workload", key, "file"))
-    if scenario.engine.kind == "url" and not scenario.engine.url:
-        _address(os.environ.get("OPENAI_BASE_URL"), "OPENAI_BASE_URL")
-    _address(scenario.engine.url, scenario.at("engine", "url"))
-    for name, variant in scenario.variants.items():
-        _address(variant.url, scenario.at("variants", name, "url"))
-
-
-def _file(name: str | None, where: str) -> None:
-    if name is None:
-        return
-    try:
-        path = Path(name)
-        if path.is_dir():
-            raise IsADirectoryError(0, "is a folder")
-        if stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
-            path.open("rb").close()
-    except (OSError, ValueError) as problem:
-        said = getattr(problem, "strerror", None) or problem
-        raise RidgelineError(f"{where}: {name}: cannot be read: {said}; name a file that is there") from None
-
-
-def _address(url: str | None, where: str) -> None:
-    try:
-        parse_url(url or "localhost")
-    except RidgelineError as problem:
-        raise RidgelineError(f"{where}: {str(problem).removeprefix('--url: ')}") from None
 
 
 def in_flight(workload: Workload) -> int:

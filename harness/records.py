@@ -53,6 +53,19 @@ class Request:
     think_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Play:
+    """How a point of a search is played: requests before the measured ones, measured ones, when the last may start, and
+    the time over which a closed loop is filled (if all came at once, they would go on in step).  `full`: as long as a
+    point at the edge is."""
+
+    warmup: int
+    requests: int
+    within_s: float | None = None
+    fill_s: float = 0.0
+    full: bool = True
+
+
 @dataclass(slots=True)
 class Record:
     """What happened to one request.

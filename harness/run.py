@@ -34,16 +34,17 @@ from harness import (
 )  # fmt: skip
 from harness.client import Client
 from harness.loadgen import Timers
-from harness.plan import asks_of, points_of, prompts_needed
+from harness.plan import asks_of, planned, points_of, prompts_needed
 from harness.progress import Progress
 from harness.recording import Recorder
 from harness.records import RidgelineError
 from harness.scenario import Scenario, dump
-from harness.session import Session
+from harness.session import Session, Steer
 from harness.sweep import sweep
 from harness.wire import Target, clock, resolve
 
 GRACE_AT_END_S = 2.0  # the same, when the run's own time is over
+SEARCH_PROMPTS = 1 << 14  # how many a search needs is not known before; beyond, heads repeat, long out of any cache
 READY_S = 5.0  # a server's metrics page may take so long to be read first
 
 
@@ -71,7 +72,11 @@ def provenance(scenario: Scenario, command: list[str]) -> dict[str, Any]:
         "scenario": scenario.model_dump(mode="json", by_alias=True),
         "seed": scenario.workload.seed,
         "transport": scenario.workload.transport,
-        "points": [point.as_dict() for point in points_of(scenario.workload)],
+        "points": []
+        if scenario.capacity
+        else [
+            point.as_dict() | {"planned": planned(scenario.workload, point)} for point in points_of(scenario.workload)
+        ],
         "machine": machine.describe(),
         "selftest": selftest.kept(),
         "python": platform.python_version(),
@@ -80,16 +85,16 @@ def provenance(scenario: Scenario, command: list[str]) -> dict[str, Any]:
 
 
 async def play(scenario: Scenario, command: list[str], out: str | None, results: Path, progress: Progress,
-               resume: Path | None = None, upto: int | None = None) -> Outcome:  # fmt: skip
+               resume: Path | None = None, upto: int | None = None, steer: Steer | None = None) -> Outcome:  # fmt: skip
     """Run a scenario to its end.  Raises RidgelineError before the first request if anything is missing; afterwards
     every record is on disk whatever happens.  `resume`: the folder of a run of this scenario that did not end, or has
-    fewer trials than it; `upto`: end when each point has so many trials."""
+    fewer trials than it; `upto`: end when each point has so many trials; `steer`: chooses the points of a search."""
     task = asyncio.current_task()
     assert task is not None
     if scenario.workload.transport == "openai":
         openai_wire.require()
     folder, lock = store.reopen(resume) if resume else store.create(out, scenario.name, results)
-    session = Session(scenario, folder, progress, provenance(scenario, command), clock(), upto=upto)
+    session = Session(scenario, folder, progress, provenance(scenario, command), clock(), upto=upto, steer=steer)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, session.stop, number, task)
@@ -147,7 +152,10 @@ def _continue(session: Session) -> None:
     workload = session.scenario.workload
     trials = range(workload.trials if session.upto is None else min(session.upto, workload.trials))
     due = {(point.index, trial) for point in points_of(workload) for trial in trials}
-    if found.state == "complete" and (due <= session.finished or workload.precision):
+    search = session.scenario.capacity is not None
+    if search:
+        session.info |= {key: found.run[key] for key in ("points", "capacity") if key in found.run}
+    if found.state == "complete" and (due <= session.finished or workload.precision or search):
         raise RidgelineError(f"--resume {session.folder}: this run is complete; nothing is left to do")
     before_s = 0.0
     for t in found.blocks(("id", "end_s"), False):
@@ -254,7 +262,7 @@ async def _prompts(session: Session, ask: Client) -> tokens.Prompts:
     """The run's prompts: given ones, or made to length by the nearest way to count."""
     scenario, workload = session.scenario, session.scenario.workload
     asking, say = scenario.client.preflight, session.progress
-    needed = prompts_needed(workload)
+    needed = SEARCH_PROMPTS if scenario.capacity else prompts_needed(workload)
     asks, texts = asks_of(workload)
     say.line(f"{ask.model} at {ask.target.url}: preparing {needed or 'as many as needed'} prompts"
              + ("" if texts or workload.trace else f" of {lengths.say(workload.model_dump()['input_tokens'])} tokens"))  # fmt: skip

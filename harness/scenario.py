@@ -359,6 +359,23 @@ class Variant(Part):
     served_name: str | None = None
 
 
+# What a search chooses itself, point by point, or cannot have.
+SEARCHED = ("waves", "requests", "duration_s", "precision", "trace", "rate_ramp", "rate_steps", "trials", "turns", "batch_sizes",
+            "rates", "warmup")  # fmt: skip
+
+
+class Capacity(Part):
+    """A search for the highest batch size or rate that meets an objective (`ridgeline find-capacity`): the points follow
+    from it, whatever batch_sizes and rates say."""
+
+    max_points: Annotated[int, Field(ge=2, le=100, strict=True)] = 10
+    """Points that are measured at most."""
+    max_time_s: Seconds = 900.0
+    """Time that is measured at most; a point that has begun ends."""
+    start: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    """Batch size or rate to begin with; default: where theory has the edge, if it knows model and hardware, else 8 or 1/s."""
+
+
 class Scenario(Part):
     """One experiment.  The file is its documentation."""
 
@@ -383,6 +400,8 @@ class Scenario(Part):
     """What the load must meet, ttft_p95=500ms,itl_p95=50ms: the report answers yes, no, or up to which load."""
     price: Annotated[str, _checked("harness.prices", "usd_per_h")] | None = None
     """US dollars for an hour of one accelerator, 1.2/h; default: a list price where one is known."""
+    capacity: Capacity | None = None
+    """{max_points: 10, max_time_s: 15min}: search for the highest load that holds `slo` (mode closed or open)."""
     report: str | None = None
     """Where the report goes; default: report.html in the run folder."""
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")], Variant] = {}
@@ -399,6 +418,24 @@ class Scenario(Part):
     def at(self, *path: str) -> str:
         """How an error names a key: `FILE:LINE: workload.batch_sizes`."""
         return f"{self._places.line_of(path)}: {dotted(path)}"
+
+    @model_validator(mode="after")
+    def _searchable(self) -> Scenario:
+        if self.capacity is None:
+            return self
+        load, usual = self.workload, Workload()
+        if load.mode == "wave":
+            raise ValueError("workload.mode: a search needs closed (batch sizes) or open (rates); got wave")
+        try:
+            importlib.import_module("harness.slo").upper(self.slo, "slo")  # which reads what reads scenarios
+        except RidgelineError as problem:
+            raise ValueError(str(problem)) from None
+        taken = [f"workload.{key}" for key in SEARCHED[:9] if getattr(load, key) != getattr(usual, key)]
+        taken += ["client.workers"] * (self.client.workers != 1 or self.client.ray is not None)
+        taken += ["variants"] * bool(self.variants)
+        if taken:
+            raise ValueError(f"{taken[0]}: cannot go with capacity, which sets its points itself; leave it out")
+        return self
 
 
 def load(text: str, where: str = "scenario") -> Scenario:

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import subprocess
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from harness.recording import Recorder
 from harness.scenario import Scenario
 from harness.wire import Exchange
 from harness.workers import Crew
+
+# (session, the point that has just ended) -> the next one, None at the end
+Steer = Callable[["Session", Point | None], Awaitable[Point | None]]
 
 
 @dataclass(slots=True)
@@ -39,6 +43,7 @@ class Session:
     first_id: int = 0
     here: tuple[Point, int] | None = None  # what is played
     upto: int | None = None  # trials to be had when this play ends; None: all
+    steer: Steer | None = None  # of a search: what to measure next
     now: dict[str, Any] = field(default_factory=lambda: {"done": 0, "errors": 0, "total": None, "label": ""})
 
     def save(self) -> None:

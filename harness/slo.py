@@ -31,6 +31,23 @@ def parse(text: str | None, flag: str = "--slo") -> tuple[Limit, ...]:
     return tuple(found)
 
 
+def upper(text: str | None, flag: str = "--slo") -> tuple[Limit, ...]:
+    """Bounds that a higher load breaks: on times, for all points.  Raises RidgelineError for others, and for none."""
+    found = parse(text, flag)
+    if not found:
+        raise RidgelineError(f"{flag}: names no objective; give one such as ttft_p95=500ms,itl_p95=50ms")
+    for limit in found:
+        if baseline.higher_is_better(limit.metric):
+            raise RidgelineError(
+                f"{flag}: {limit.metric} rises with the load; a search needs bounds on times, such as itl_p95=50ms"
+            )
+        if limit.point:
+            raise RidgelineError(
+                f"{flag}: {limit.metric}@{limit.point}: a search has no points yet; leave @{limit.point} out"
+            )
+    return found
+
+
 def parts(text: str | None) -> list[str]:
     """What stands between the commas."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]

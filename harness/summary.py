@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from harness import checks, detail, foreign, prices, server, slo, units
+from harness import capacity_answer, checks, detail, edge, foreign, prices, server, slo, units
+from harness.capacity import Goal
 from harness.lengths import typical
-from harness.records import NAN, Finding, RidgelineError
+from harness.records import NAN, Finding, RidgelineError, Table, joined
 from harness.tally import Blocks, Tally, count
 from harness.theory import levers, seeds
 from harness.theory.calibration import from_dict
@@ -25,8 +26,8 @@ COMPARED = ("ttft_s", "itl_s", "e2e_s", "output_tokens_per_s")
 
 def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[Mapping[str, Any]],
           samples: Sequence[Mapping[str, Any]], notes: Sequence[str], model: Model | None,
-          hardware: Hardware | None) -> dict[str, Any]:  # fmt: skip
-    """The summary (format: see store).  Points without a measured request are left out."""
+          hardware: Hardware | None, only: Collection[int] | None = None) -> dict[str, Any]:  # fmt: skip
+    """The summary (format: see store).  Points without a measured request are left out; so are those not in `only`."""
     scenario = run["scenario"]
     workload = scenario["workload"]
     theory = scenario["theory"]
@@ -41,14 +42,20 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
     tallies = {
         index: Tally(workload["mode"], plan["batch_size"] or 0, asked_in, asked_out)
         for index, plan in enumerate(run["points"])
+        if only is None or index in only
     }
     count(tallies, blocks)
+    searched = scenario.get("capacity")
+    tables = gathered(tallies, blocks) if searched else {}
     points = []
     for index, plan in enumerate(run["points"]):
-        tally = tallies[index]
+        tally = tallies.get(index)
+        if tally is None:
+            continue
         if not tally.requests and not plan.get("imported"):
             continue
-        row = {"point": index} | plan | tally.row()
+        row = {"point": index, "planned": None} | plan | tally.row()
+        row["not_sent"] = max(0, row["planned"] - row["requests"]) if row["planned"] is not None else None
         if plan.get("imported"):
             row = _imported(row, plan["imported"])
         felt = [e["senses"] for e in events if e.get("event") == "trial_end" and e["point"] == index]
@@ -60,9 +67,12 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         evidence = checks.Evidence(row, tally, workload["mode"], felt, seen, row["predicted"], repeats, workload["api"])
         findings = checks.run_checks(evidence)
         row["verdict"] = checks.verdict(findings)
+        if searched:
+            row["objective"] = edge.objective(tables[index], slo.upper(scenario["slo"]), workload["mode"])
         row["findings"] = [dataclasses.asdict(f) for f in findings]
         points.append(row)
-    findings = _run_findings(run, state, notes, model, hardware)
+    ended = sum(tally.requests for tally in tallies.values())
+    findings = _run_findings(run, state, ended, notes, model, hardware)
     findings += [] if run.get("imported") else checks.absent_senses(server.senses(samples))
     best = _best(points)
     worth = _worth(run, hardware)
@@ -89,7 +99,23 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
             tallies, blocks, best["point"] if best else points[-1]["point"] if points else None, limits
         ),
     }
+    if searched:
+        ended_by = "stopped" if state != "complete" else (run.get("capacity") or {}).get("ended", "stopped")
+        goal = Goal(workload["mode"], 1.0, max_failed=scenario["limits"]["max_error_rate"])
+        finished = {e["point"] for e in events if e.get("event") == "trial_end" and not e.get("stopped")}
+        summary["capacity"] = capacity_answer.answer(points, run["points"], finished, scenario["slo"], goal, ended_by)
+        return summary | {"verdict_sentence": f"{summary['capacity']['sentence']}{_doubts(points)}"}
     return summary | {"verdict_sentence": sentence(summary)}
+
+
+def gathered(wanted: Collection[int], blocks: Blocks) -> dict[int, Table]:
+    """All records of each of these points."""
+    parts: dict[int, list[Table]] = {index: [] for index in wanted}
+    for t in blocks(None, True):
+        for index in np.unique(t.point).tolist():
+            if index in parts:
+                parts[index].append(t.where(t.point == index))
+    return {index: joined(tables) for index, tables in parts.items()}
 
 
 def _imported(row: dict[str, Any], imported: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,12 +261,17 @@ def _start(run: Mapping[str, Any], model: Model | None) -> dict[str, Any] | None
     return {"stages": stages, "weight_bytes": weights, "disk_bytes_per_s": disk, "predicted_load_s": predicted}
 
 
-def _run_findings(run: Mapping[str, Any], state: str, notes: Sequence[str], model: Model | None,
+def _of_planned(run: Mapping[str, Any], ended: int) -> str:
+    planned = [point.get("planned") for point in run["points"]]
+    return "" if None in planned else f"; {units.count(sum(planned))} requests were planned, {units.count(ended)} ended"
+
+
+def _run_findings(run: Mapping[str, Any], state: str, ended: int, notes: Sequence[str], model: Model | None,
                   hardware: Hardware | None) -> list[Finding]:  # fmt: skip
     found = []
     if state != "complete":
         said = "was interrupted" if state == "interrupted" else "did not end: it was killed or is still going on"
-        found.append(Finding("R001", "suspect", f"the run {said}", "points may be missing or have fewer requests than planned",
+        found.append(Finding("R001", "suspect", f"the run {said}{_of_planned(run, ended)}", "points may be missing or have fewer requests than planned",
                              "run it again for figures to be quoted"))  # fmt: skip
     for note in notes:
         found.append(
@@ -277,9 +308,13 @@ def sentence(summary: Mapping[str, Any]) -> str:
         ratio = predicted["ratio"]["itl_s"]
         text += (f"; a token took {units.number(ratio, 3)} times what theory predicts for {summary['hardware']['name']}, "
                  f"where the limit is {predicted['limit'].replace('_', ' ')}")  # fmt: skip
+    return f"{text}.{_doubts(points)}"
+
+
+def _doubts(points: Sequence[Mapping[str, Any]]) -> str:
     counts = {v: sum(p["verdict"] == v for p in points) for v in ("suspect", "invalid")}
     doubts = [f"{n} of {len(points)} points {v}" for v, n in counts.items() if n]
-    return text + (f". {' and '.join(doubts).capitalize()}: see the findings." if doubts else ".")
+    return f" {' and '.join(doubts).capitalize()}: see the findings." if doubts else ""
 
 
 def public(summary: Mapping[str, Any], folder: str) -> dict[str, Any]:
@@ -292,7 +327,7 @@ def public(summary: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "verdict": summary["verdict"],
         "findings": summary["findings"],
         "points": [public_point(point) for point in summary["points"]],
-    }
+    } | ({"capacity": summary["capacity"]} if summary.get("capacity") else {})
 
 
 def public_point(point: Mapping[str, Any]) -> dict[str, Any]:

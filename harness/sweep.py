@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import os
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import psutil
 from harness import machine, openai_wire, stats, store, tokens
 from harness.client import Client
 from harness.loadgen import Player, Senses, Timers
-from harness.plan import Point, counts_of, points_of, trial_requests
+from harness.plan import Point, counts_of, points_of, searched, trial_requests
 from harness.records import Request, RidgelineError
 from harness.scenario import Workload
 from harness.session import Session
@@ -58,14 +58,32 @@ class Sweep:
 
     async def play(self, gone: Callable[[], bool]) -> None:
         """Every trial that is due, unless the run is stopped or the recorder is `gone`."""
-        session, workload = self.session, self.session.scenario.workload
-        for trial, point in schedule(workload, lambda point: self.settled.get(point.index, workload.precision is None)):
+        session = self.session
+        async for trial, point in self._due():
             if session.over or gone() or trial == session.upto:
                 break
             if (point.index, trial) in session.finished:
                 self.settled[point.index] = True
             else:
                 await self._judged(point, trial)
+
+    async def _due(self) -> AsyncIterator[tuple[int, Point]]:
+        """The workload's trials, or what a search asks for when it has seen the last one."""
+        session, workload = self.session, self.session.scenario.workload
+        if session.steer is None:
+            for trial, point in schedule(
+                workload, lambda point: self.settled.get(point.index, workload.precision is None)
+            ):
+                yield trial, point
+            return
+        last = None
+        for last in searched(session.info["points"]):  # of a run that was taken up
+            yield 0, last
+        while (following := await session.steer(session, last)) is not None:
+            session.info["points"].append(following.as_dict())
+            session.save()
+            yield 0, following
+            last = following
 
     async def _judged(self, point: Point, trial: int) -> None:
         """One trial, and whether its point needs another."""
@@ -97,7 +115,8 @@ class Sweep:
         before = psutil.cpu_times()
         senses = await player.play(
             trial_requests(workload, point, trial, self.prompts, numbers), slots, barrier=workload.mode == "wave",
-            ahead=0 if measured and measured <= 4096 else max(256, 2 * slots), until_s=workload.duration_s or float("inf"),
+            ahead=0 if measured and measured <= 4096 else max(256, 2 * slots),
+            until_s=workload.duration_s or (point.play and point.play.within_s) or float("inf"),
         )  # fmt: skip
         if player.gone:
             session.stopped_why = f"the server is gone: no connection could be opened for {player.gone:.0f} s"
@@ -138,11 +157,11 @@ async def is_settled(session: Session, point: Point, spent_s: float, trial: int)
     if workload.precision is None or spent_s >= workload.max_time_s:
         return True
     tally = Tally(workload.mode, point.batch_size or 0)
-    count({point.index: tally}, (await _written(session, point, trial)).blocks)
+    count({point.index: tally}, (await written(session, point, trial)).blocks)
     return stats.within(tally.row(), workload.precision)
 
 
-async def _written(session: Session, point: Point, trial: int) -> store.Run:
+async def written(session: Session, point: Point, trial: int) -> store.Run:
     """The run as it stands on disk, once the end of this trial is there (or the recorder is too late with it)."""
     until_s = clock() + SEEN_S
     while True:

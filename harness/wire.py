@@ -243,6 +243,8 @@ class Wire(asyncio.Protocol):
             exchange.coding = value[:64].decode("latin-1")
         elif lower == b"content-length":
             self.framed = True
+            if value == b"0" and self.parser.get_status_code() == 200:
+                exchange.keep_alive = False  # a completion of nothing: what yet comes is not the next one's answer
         elif lower == b"transfer-encoding":
             self.framed = True
             self.streaming = value.lower() == b"chunked"

@@ -100,6 +100,7 @@ SPEAK: list[tuple[str, str, str, dict[str, Any]]] = [
     ("V023", "suspect", "answers that came compressed", {"records": answers(notes="compressed")}),
     ("V023", "info", "streams without [DONE]", {"records": answers(notes="no_done")}),
     ("V024", "suspect", "stamps of another tool", {"row": {"imported": IMPORTED}}),
+    ("V026", "info", "a run that was stopped", {"row": {"planned": 500, "not_sent": 100}}),
     ("V025", "suspect", "a file that was edited",
      {"row": {"imported": IMPORTED | {"differs": [{"figure": "ttft_s", "said": 0.03, "stamps": 0.05}]}}}),
 ]  # fmt: skip
@@ -122,6 +123,8 @@ def test_a_check_speaks(code: str, severity: str, case: str, evidence: dict[str,
     ("V017", {"row": {"server_ttft_s": None, "server_itl_s": None}}),
     ("V020", {"row": {"throttled_s": None}}),
     ("V021", {"lag_max_s": 0.4, "wall_step_s": 0.3}),
+    ("V026", {"row": {"planned": 400, "not_sent": 0}}),
+    ("V026", {"row": {"planned": None, "not_sent": None}}),
 ], ids=str)  # fmt: skip
 def test_a_check_holds_its_tongue(code: str, evidence: dict[str, Any]) -> None:
     assert code not in found(**evidence)

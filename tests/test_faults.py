@@ -55,7 +55,7 @@ SEEN_ALONE = (
 SOME = ("ok", "bytewise", "crlf-split", "no-done", "usage-astronomic", "error-null", "role-gap", "four-tokens-an-event", "one-piece",
         "hostile-text", "reset-first", "reset-3", "eof-3", "no-finish", "half-event", "hang-after-head", "stall-3", "byte-drip-after-3",
         "endless", "endless-line", "gzip-bomb", "ssh", "bad-chunk", "http-503", "http-400-context", "redirect-307", "html-200",
-        "empty-body", "no-tokens", "error-vllm", "error-event-text", "error-echoes-key", "finish-abort", "bad-utf-8", "gzip-lie")  # fmt: skip
+        "empty-body", "no-length-and-a-body-later", "empty-data", "no-tokens", "error-vllm", "error-event-text", "error-echoes-key", "finish-abort", "bad-utf-8", "gzip-lie")  # fmt: skip
 
 
 @dataclass

@@ -80,7 +80,7 @@ def test_times_may_be_written_with_their_unit() -> None:
 def test_the_schema_knows_every_key_and_the_commented_scenario_is_valid() -> None:
     known = json.loads(scenario.schema())["properties"]
     assert set(known) == {"name", "description", "engine", "model", "tokenizer", "api_key_env", "api_key_file", "workload", "client", "theory",
-                          "limits", "report", "variants", "interleave", "slo", "price"}  # fmt: skip
+                          "limits", "capacity", "report", "variants", "interleave", "slo", "price"}  # fmt: skip
     assert scenario.load(scenario.commented()) == scenario.Scenario()
 
 
@@ -89,6 +89,7 @@ KEYS = [
     *scenario.Workload.model_fields,
     *scenario.Limits.model_fields,
     *scenario.Engine.model_fields,
+    *scenario.Capacity.model_fields,
 ]
 _ODD = ["null", "-1", "0", "1e999", ".nan", ".inf", "9" * 5000, "2026-13-45", "no", "0o17", "1_000", "''", "[]", "{}", "[[]]", "{a: {b: []}}",
         "!!python/object/apply:os.system ['true']", "!!binary x", "*alias", "&anchor x", "<<: x", "'\u2028'", "\x1b[2J", "\0", "\ud800",

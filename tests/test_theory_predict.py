@@ -89,7 +89,7 @@ def test_the_largest_batch_fills_nine_tenths_of_the_memory():
     point = at(LLAMA_3_8B, A10)
     usable = 23028 * 2**20  # what nvidia-smi shows for an A10
     spare = 0.9 * usable - 2 * 8_030_261_248
-    assert 0.75 * spare / (500 * 131_072) < point.largest_batch < spare / (500 * 131_072), "a pass needs room too"
+    assert 0.7 * spare / (500 * 131_072) < point.largest_batch < spare / (500 * 131_072), "a pass needs room too"
 
 
 def test_beyond_the_largest_batch_requests_wait_for_memory():

@@ -80,7 +80,7 @@ def test_a_role_chunk_is_no_token_whenever_it_comes(role: str, measured: Callabl
     point, t = measured(f"--role-chunk {role}", "--api chat")
     assert (point["errors"], point["output_tokens"]) == (0, TOKENS)
     assert np.diff(t.start).tolist() == [TOKENS] * 4
-    assert all(t.chunk_s[t.start[:-1]] > 0.049)
+    assert all(t.chunk_s[t.start[:-1]] > 0.04)  # the law says 50 ms; the role came at 1
     early = t.first_event_s < 0.04
     assert all(early) if role == "early" else not any(early)
     assert t.last_event_s == pytest.approx(t.chunk_s[t.start[1:] - 1], abs=1e-5)

@@ -410,15 +410,17 @@ RUN = ("--batch-sizes", "2", "--waves", "2", "--input-tokens", "64", "--output-t
 
 
 def test_the_command_speaks_tls_to_a_server_whose_authority_the_environment_names(
-    certificates: Path, tls_front: Callable[[str], str], simulated: Callable[..., str], ridgeline: Callable[..., Any], tmp_path: Path
+    certificates: Path, tls_front: Callable[[str], str], simulated: Callable[..., str], ridgeline_anew: Callable[..., Any], tmp_path: Path
 ) -> None:  # fmt: skip
     url = tls_front(simulated("--ttft-base", "5ms", "--itl-base", "1ms"))
-    done = ridgeline("run", "--url", url, *RUN, "--out", "run", env={"SSL_CERT_FILE": str(certificates / "ca.pem")})
+    done = ridgeline_anew(
+        "run", "--url", url, *RUN, "--out", "run", env={"SSL_CERT_FILE": str(certificates / "ca.pem")}
+    )
     assert done.returncode == 0, done.stderr
     t = store.load(tmp_path / "run").records
     assert len(t) == 6 and all(t.ok)
     assert sum(t.tls_s > 0) == sum(t.connect_s > 0) == 2  # two connections, opened before the clock started
-    refused = ridgeline("run", "--url", url, *RUN)
+    refused = ridgeline_anew("run", "--url", url, *RUN)
     assert refused.returncode == 6
     assert "TLS failed" in refused.stderr and "Traceback" not in refused.stderr
 

@@ -37,12 +37,23 @@ def rows(folder: Path) -> pd.DataFrame:
     note = table.note.fillna("")
     odd = note.str.contains("spec_model=Jack|EP|max_new_tokens=1") & table.e2e_s.notna()
     table = table[~odd & (table.dataset != "dstack_pd") & (table.gpu != "SN40L")]
-    # llama.cpp's out_tps is that of one sequence; these three gave every sequence the same prompt, so all meet the same experts.
-    table.loc[table.framework.eq("llama.cpp") & table.dataset.eq("alcf"), ["out_tps", "total_tps"]] = np.nan
-    alike = table.framework.isin(["TensorRT-LLM", "Deepspeed-MII", "llama.cpp"]) & table.model.str.contains("Mixtral")
+    # These two gave every sequence the same prompt, so all meet the same experts.
+    alike = table.framework.isin(["TensorRT-LLM", "Deepspeed-MII"]) & table.model.str.contains("Mixtral")
     table = table[~alike]
-    table = table[~((table.framework == "llama.cpp") & (table.gpu == "Max1550-PVC"))]
-    return validate.read(table, "the public measurements")
+    # On one GPU llama.cpp's times for "batches" B are (B + 1) / B of the same time: no batch was run.
+    table = table[~(table.framework.eq("llama.cpp") & table.dataset.eq("alcf"))]
+    # Up to twice as fast as reading the weights at the full bandwidth, in each precision.
+    table = table[~(table.dataset.eq("premai") & table.framework.eq("Nvidia TensorRT-LLM"))]
+    return validate.read(table[~contradicted(table)], "the public measurements")
+
+
+def contradicted(table: pd.DataFrame) -> pd.Series:
+    """Static batches that were published twice, with more than twice the time the one time."""
+    point = [*validate.SERVER, "kind", "batch", "isl", "osl"]
+    times = table[table.kind.eq("static") & table.e2e_s.gt(0) & table.dataset.str.startswith("alcf")]
+    seen = times.groupby(point, dropna=False).e2e_s
+    spread = seen.transform("max") / seen.transform("min")
+    return table.index.to_series().isin(spread.index[spread > 2])
 
 
 def likely(found: pd.DataFrame) -> pd.DataFrame:
@@ -70,18 +81,18 @@ def held(found: pd.DataFrame) -> pd.Series:
 
 def calibrated(table: pd.DataFrame, *, same: bool) -> pd.DataFrame:
     """Predictions of each server with 14 cells or more, calibrated on ten of its own or of another model beside it."""
-    alike = ["gpu", "framework", "n_gpus", "tp", "pp", "weight_dtype", "kind"]
+    alike = ["gpu", "framework", "n_gpus", "tp", "pp", "weight_dtype", "kv_dtype", "kind"]
     done = []
     for _, group in table.groupby(alike, dropna=False):
         servers = [(c, part) for c, part in validate.servers(group) if len(part) >= 14]
-        cells = {c["model"]: calibrate.chosen(part) for c, part in servers}
-        for common, part in servers:
-            teachers = [common["model"]] if same else [m for m in cells if m != common["model"]][:1]
-            for model in teachers:
-                fitted = _fitted(cells[model])
+        cells = [calibrate.chosen(part) for _, part in servers]
+        for at, (common, part) in enumerate(servers):
+            others = [n for n, (c, _) in enumerate(servers) if c["model"] != common["model"]]
+            for teacher in [at] if same else others[:1]:
+                fitted = _fitted(cells[teacher])
                 if fitted is None:
                     continue
-                rest = part.drop(part.index.intersection(cells[model].index))
+                rest = part.drop(part.index.intersection(cells[teacher].index))
                 done.append(validate.predictions(rest, lambda _, fitted=fitted: fitted))
     return pd.concat(done)
 

@@ -48,9 +48,9 @@ def render(runs: Sequence[RunView]) -> str:
 
 def document(
     built: Sequence[tuple[Section, Any]], *, title: str, description: str, meta: Sequence[str], forms: str = "forms.html.j2",
-    source: str = "from the run's records alone",
+    source: str = "from the run's records alone", styles: Sequence[str] = ("style.css",),
 ) -> str:  # fmt: skip
-    """One self-contained page: each section's content laid out by its form, a macro of the file `forms`."""
+    """One self-contained page: each section's content laid out by its form, a macro of the file `forms`; `styles` are its style sheets."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -70,7 +70,7 @@ def document(
         source=source,
         csp=_policy(script),
         # Markup marks our own style and script, and JSON made inert; no text of a run passes here.
-        style=Markup(_palette_css() + _asset("style.css")),
+        style=Markup(_palette_css() + "".join(map(_asset, styles))),
         script=Markup(script),
         data=Markup(
             _json(

@@ -16,7 +16,7 @@ from harness.report.view import Json
 INKS = ("measured", "third", "second", "fourth", "predicted")
 MARKS = ("circle", "square", "diamond", "triangle-up", "star")
 MOST = 60  # marks of a line, evenly spread over the logarithm of the batch
-_LEGEND = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top", "font": {"size": 11.5},
+_LEGEND = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.15, "yanchor": "top", "font": {"size": 11.5},
            "itemclick": False, "itemdoubleclick": False}  # fmt: skip
 _MARGIN = {"l": 56, "r": 14, "t": 10, "b": 46}
 
@@ -54,7 +54,7 @@ def _line(found: Plan, way: Way, x: Callable[[Way, int], float], y: Callable[[Wa
     ink, mark = _ink(found, way)
     at = places(way)
     return [
-        {"type": "scatter", "mode": "lines", "name": charts.inert(f"{name_of(way)}, predicted"), "x": [x(way, k) for k in at],
+        {"type": "scatter", "mode": "lines", "name": charts.inert(f"{way.tp} × {way.hardware.name}"), "x": [x(way, k) for k in at],
          "y": [y(way, k) for k in at], "hoverinfo": "text", "line": {"color": ink, "width": 1.8, "dash": "dash"},
          "hovertext": [charts.tooltip([name_of(way), "predicted", *hover(way, k)]) for k in at]},
         {"type": "scatter", "mode": "markers", "showlegend": False, "x": [x(way, way.batch - 1)], "cliponaxis": False,
@@ -70,7 +70,7 @@ def _points(found: Plan, way: Way, x: Callable[[Point], float], y: Callable[[Poi
     ink, mark = _ink(found, way)
     kept = [p for p in way.run.points if p.verdict != "invalid" and x(p) > 0 and y(p) > 0]
     return {
-        "type": "scatter", "mode": "lines+markers", "name": charts.inert(f"{way.run.name}, measured"), "cliponaxis": False,
+        "type": "scatter", "mode": "lines+markers", "name": charts.inert(f"{way.run.name} (measured)"), "cliponaxis": False,
         "x": [x(p) for p in kept], "y": [y(p) for p in kept], "hoverinfo": "text", "line": {"color": ink, "width": 2},
         "hovertext": [charts.tooltip([way.run.name, f"measured, {p.verdict}", *hover(p)]) for p in kept],
         "marker": {"symbol": mark, "size": 10, "color": ink, "line": {"width": 1, "color": charts.colour("paper")}},
@@ -120,7 +120,8 @@ def over_batch(found: Plan, objective: Objective) -> Figure | None:
              "line": {"color": charts.colour("invalid"), "width": 1.6, "dash": "dot"}}  # fmt: skip
     largest = max(y for trace in data for y in trace["y"] if y is not None and math.isfinite(y))
     up = charts.axis(
-        f"{planning_text.label(objective.name)}, {unit}", range=[0, min(largest, 4 * factor * objective.bound_s) * 1.08]
+        f"{planning_text.label(objective.name)}, {unit}",
+        range=[0, factor * objective.bound_s * 1.08 * min(max(largest / factor / objective.bound_s, 1), 4)],
     )
     across = charts.axis(
         "Batch in flight on a replica", type="log", dtick="D2", showgrid=False, range=[math.log10(0.9), top]
@@ -141,7 +142,7 @@ def speed(found: Plan) -> Figure | None:
     if not data:
         return None
     across = charts.axis("Batch in flight on a replica", type="log", dtick="D2", showgrid=False)
-    up = charts.axis("output tokens/s per accelerator", type="log", dtick="D2")
+    up = charts.axis("output tokens/s, each", type="log", dtick="D2")
     return charts.figure_of(
         data, {"xaxis": across, "yaxis": up, "legend": _LEGEND, "margin": _MARGIN, "showlegend": True}
     )
@@ -166,7 +167,7 @@ def pareto(found: Plan) -> Figure | None:
     if not data:
         return None
     across = charts.axis("output tokens/s for one user (1 / ITL)", rangemode="tozero")
-    up = charts.axis("output tokens/s per accelerator", type="log", dtick="D2")
+    up = charts.axis("output tokens/s, each", type="log", dtick="D2")
     return charts.figure_of(
         data, {"xaxis": across, "yaxis": up, "legend": _LEGEND, "margin": _MARGIN, "showlegend": True}
     )

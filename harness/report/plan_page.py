@@ -53,7 +53,7 @@ def render(found: Plan, told: Advice | None, command: str) -> str:
     meta[-1] = "predicted and measured" if plan_charts.runs(found) else meta[-1]
     if found.calibration:
         meta.append(f"calibrated on {found.calibration.cells} cells of {found.calibration.hardware}")
-    return document(built, title=title, description=planning_text.verdict(found), meta=meta, forms="plan_forms.html.j2",
+    return document(built, title=title, description=planning_text.verdict(found), meta=meta, forms="plan_forms.html.j2", styles=("style.css", "plan.css"),
                     source="from its theory, the tables it carries and the runs named here alone")  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def _tiles(found: Plan, way: Way) -> list[dict[str, Any]]:
         _tile("Batch", units.count(way.batch), flight, hoped,
               f"{units.count(speed.value)} output tokens/s a replica ({units.interval(speed.low, speed.high, units.count)})"),
         _tile("Cost per million output tokens", usd(cost.value), f"90 % interval {planning_text.span_usd(cost)}" if way.priced else "",
-              f"{usd(way.usd_per_month.value, 4)} a month" if way.priced else ""),
+              f"{usd(way.usd_per_month.value)} a month" if way.priced else ""),
         _tile("Binding limit", planning_text.limit(way), planning_text.binding_sentence(way).partition(" binds: ")[2]),
     ]  # fmt: skip
 
@@ -169,7 +169,7 @@ def _times(found: Plan) -> Charts:
                 "the step of the percentile; beyond its last batch a line's KV cache does not fit.")  # fmt: skip
         blocks.append(Block(f"chart-{o.name}", f"{label(o.name)} over the batch", finding, read,
                             plan_tables.over_batch(found, o.name), plan_charts.over_batch(found, o)))  # fmt: skip
-    return Charts(blocks, otherwise="Nothing fits.")
+    return Charts(blocks, tall=True, otherwise="Nothing fits.")
 
 
 def _throughput(found: Plan) -> Charts:
@@ -186,7 +186,7 @@ def _throughput(found: Plan) -> Charts:
               plan_tables.speeds(found, "table-speed", "Output tokens/s at some batches"), plan_charts.speed(found)),
         Block("chart-pareto", "What the hardware gives against what a user sees", "Every step to the left buys throughput with each user's speed.",
               user, plan_tables.speeds(found, "table-pareto", "The same points, as the user sees them"), plan_charts.pareto(found)),
-    ])  # fmt: skip
+    ], tall=True)  # fmt: skip
 
 
 def _article(found: Plan) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def _row(found: Plan, way: Way, brief: bool) -> Row:
     if way.times is None:
         return [*row, Cell(way.reason, style="wrap left", span=5 + len(found.objectives))]
     speed, works = way.tokens_per_s, way.works
-    told = f"{planning_text.limit(way)}: {planning_text.binds(way)}" if works else planning_text.state(found, way)
+    told = planning_text.limit_and_binds(way) if works else planning_text.state(found, way)
     return [*row, Cell(units.count(way.batch)), *_times(found, way, brief),
             Cell(units.count(speed.value), "" if brief else units.interval(speed.low, speed.high, units.count)),
             Cell(value, style="" if way.priced else "missing"), Cell(interval), Cell(told, style="left" if works else "left invalid")]  # fmt: skip
@@ -93,7 +93,7 @@ def costs(found: Plan) -> Table:
         cells = [Cell(usd(planning.at_utilisation(way, u))) for u in UTILISATION]
         body.append([heading(plan_charts.label_of(way), planning_text.span_usd(way.usd_per_million)),
                      Cell(usd(way.hardware.usd_per_h * way.tp)), *cells,
-                     Cell(usd(planning.at_utilisation(way, 1.0) * both)), Cell(usd(way.usd_per_month.value, 4)),
+                     Cell(usd(planning.at_utilisation(way, 1.0) * both)), Cell(usd(way.usd_per_month.value)),
                      Cell(planning_text.price(way.hardware), style="wrap left")])  # fmt: skip
     return Table("table-costs", "US dollars per million output tokens, by how busy the accelerators are", [head], body)
 

@@ -14,6 +14,7 @@ from harness.report import (
     limits,
     provenance,
     roofline,
+    search,
     spread,
     tables,
     timeline,
@@ -37,6 +38,7 @@ def _starts(runs: Sequence[RunView]) -> list[tuple[str, list[tables.Stage], str]
 
 SECTIONS = (
     Section("verdict", "Verdict", "verdict", verdict.section),
+    Section("search", "Search for the capacity", "charts", search.section),
     Section("compare", "Comparison", "compared", compare_section.section),
     Section("limits", "What limits it, and what would help", "charts", limits.section),
     Section("versus", "Predicted versus measured", "charts", against.versus),

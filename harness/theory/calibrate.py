@@ -116,7 +116,9 @@ def _fit(cells: _Cells, hardware: str, models: tuple[str, ...]) -> Calibration:
         return np.concatenate([cells.residuals(_factors(whole)), whole[free] / width[free]])
 
     low = np.where(np.array(NAMES) == "slot", 0.0, -3.0)[free]
-    x = least_squares(residuals, start[free], low=low, high=3.0, robust=3.0, steps=25)
+    near = least_squares(residuals, start[free], low=low, high=3.0, robust=3.0, steps=25)
+    # A cell that went wrong (memory thrashing, first compilation) lies many times its noise off: it must not pull the rest.
+    x = least_squares(residuals, near, low=low, high=3.0, robust=3.0, redescending=True, steps=25)
     fitted = cells.residuals(_factors(spread_out(x)))
     if not len(fitted):
         raise RidgelineError("no cell to calibrate on can be predicted: does the model fit the hardware?")

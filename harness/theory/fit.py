@@ -20,6 +20,7 @@ def least_squares(
     low: Array | float = -np.inf,
     high: Array | float = np.inf,
     robust: float = np.inf,
+    redescending: bool = False,
     steps: int = 60,
 ) -> Array:
     """The parameters[k] that make residuals(parameters)[n] small, between `low` and `high`.
@@ -29,17 +30,17 @@ def least_squares(
     """
     x = np.clip(np.asarray(start, dtype=np.float64), low, high)
     r = residuals(x)
-    damping, cost = 1e-2, _cost(r, robust)
+    damping, cost = 1e-2, _cost(r, robust, redescending)
     for _ in range(steps):
         jacobian = _jacobian(residuals, x, r, high)
-        weight = 1.0 / np.sqrt(1.0 + (r / robust) ** 2)
+        weight = (1.0 + (r / robust) ** 2) ** (-1.0 if redescending else -0.5)
         gradient, normal = jacobian.T @ (weight * r), jacobian.T @ (weight[:, None] * jacobian)
         improved = False
         while damping < 1e8:
             step = np.linalg.solve(normal + damping * np.diag(np.diag(normal) + 1e-12), -gradient)
             tried = np.clip(x + step, low, high)
             r_tried = residuals(tried)
-            if (cost_tried := _cost(r_tried, robust)) < cost:
+            if (cost_tried := _cost(r_tried, robust, redescending)) < cost:
                 improved = cost - cost_tried > 1e-9 * cost
                 x, r, cost, damping = tried, r_tried, cost_tried, damping / 4
                 break
@@ -49,9 +50,11 @@ def least_squares(
     return x
 
 
-def _cost(r: Array, robust: float) -> float:
+def _cost(r: Array, robust: float, redescending: bool) -> float:
     if np.isinf(robust):
         return float(r @ r)
+    if redescending:
+        return float(np.sum(robust**2 * np.log1p((r / robust) ** 2)))
     return float(np.sum(2 * robust**2 * (np.sqrt(1 + (r / robust) ** 2) - 1)))
 
 

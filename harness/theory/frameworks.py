@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -18,8 +19,9 @@ class Framework:
     `request_s` from a request's arrival to its first pass; `stream_s` of sending a token on, which is done beside the
     step and bounds it where many stream; `link_s` more for each transfer between accelerators.
 
-    Times the kernels' own laws: `gemm` (reading weights), `compute`, `attention`; decode attention also by group size ^
-    `grouped` (kernels that read a KV head for several of its query heads), experts by `experts`, and `expert_layer_s`
+    Times the kernels' own laws: `gemm` (reading weights), `compute`, `attention`, `elementwise` (what lies between the
+    matrices: 3.8 where each operation of a norm, a rotation or an activation reads and writes memory by itself, by the
+    count of bytes of transformers' LlamaDecoderLayer in eager mode); decode attention also by group size ^ `grouped` (kernels that read a KV head for several of its query heads), experts by `experts`, and `expert_layer_s`
     for each layer with them: routing, permuting, gathering.
 
     `pool`: share of the memory taken in advance, of "all" of it or for the "cache" alone; 0: as needed.  `chunk`: most
@@ -37,6 +39,7 @@ class Framework:
     gemm: float = 1.0
     compute: float = 1.0
     attention: float = 1.0
+    elementwise: float = 1.0
     grouped: float = 0.0
     experts: float = 1.4
     expert_layer_s: float = 30e-6
@@ -54,26 +57,56 @@ class Framework:
 SPELLINGS = {
     "autoawq": "autoawq",
     "lightning": "lightning",
-    "exllama": "exllama",
     "onnx": "onnx",
     "ctranslate": "ctranslate",
     "ctransformers": "llama.cpp",
+    "transformers": "transformers",  # with whatever kernels (transformers GPTQ exllamav2)
+    "exllama": "exllama",
     "llama.cpp": "llama.cpp",
     "llamacpp": "llama.cpp",
     "llama_cpp": "llama.cpp",
-    "optimum nvidia": "tensorrt-llm",
+    "llama-cpp": "llama.cpp",
+    "llama-bench": "llama.cpp",
+    "ollama": "llama.cpp",
+    "lm studio": "llama.cpp",
+    "koboldcpp": "llama.cpp",
+    "optimum nvidia": "optimum-nvidia",
+    "optimum-nvidia": "optimum-nvidia",
+    "fastertransformer": "fastertransformer",
     "tensorrt": "tensorrt-llm",
     "trtllm": "tensorrt-llm",
     "trt-llm": "tensorrt-llm",
+    "trt_llm": "tensorrt-llm",
+    "trt llm": "tensorrt-llm",
+    "nim": "tensorrt-llm",
     "vllm": "vllm",
     "sglang": "sglang",
+    "sgl": "sglang",
     "lmdeploy": "lmdeploy",
     "turbomind": "lmdeploy",
+    "lightllm": "vllm",
+    "text-generation-inference": "vllm",
+    "tgi": "vllm",
+    "aphrodite": "vllm",
+    "lorax": "vllm",
     "deepspeed": "deepspeed",
-    "transformers": "transformers",
+    "gpt-fast": "compiled",
+    "gptfast": "compiled",
+    "torchao": "compiled",
+    "torch.compile": "compiled",
+    "mlc": "compiled",
+    "jax": "compiled",
+    "jetstream": "compiled",
+    "llm-awq": "autoawq",
     "autogptq": "transformers",
+    "gptq-for-llama": "transformers",
+    "bitsandbytes": "transformers",
+    "accelerate": "transformers",
     "huggingface": "transformers",
+    "hugging face": "transformers",
+    "hf": "transformers",
     "pytorch": "transformers",
+    "torch": "transformers",
 }
 _UNITS = {"us": 1e-6, "ms": 1e-3}
 
@@ -104,20 +137,36 @@ def _framework(row: dict[str, str]) -> Framework:
 def named(name: str | None) -> str:
     """The framework's name as the rows have it, for any that it goes by ("TensorRT-LLM 0.9.0"); "generic" for others."""
     plain = (name or "").casefold()
-    return next((ours for spelling, ours in SPELLINGS.items() if spelling in plain), "generic")
+    return next(
+        (ours for spelling, ours in SPELLINGS.items() if re.search(rf"(?<![a-z]){re.escape(spelling)}", plain)),
+        "generic",
+    )
+
+
+# Since these releases (early 2025) their loops overlap the host with the accelerator by default: vLLM's V1 engine, SGLang's
+# overlapped scheduler, TensorRT-LLM's PyTorch backend.  Static batches with them have the host's cost of served ones.
+OVERLAPPED = {"vllm": (0, 8), "sglang": (0, 4), "tensorrt-llm": (1, 0)}
+
+
+def overlapped(name: str | None) -> bool:
+    """Whether the name states a release ("vLLM 0.11.0") of OVERLAPPED or a later one."""
+    found = re.search(r"v?(\d+)\.(\d+)", name or "")
+    return found is not None and (int(found[1]), int(found[2])) >= OVERLAPPED.get(named(name), (10**6, 0))
 
 
 def find(name: str | None, hardware: Hardware, dtype: str = "", *, offline: bool = False) -> Framework:
     """The row for a framework on this hardware with weights of this dtype; `offline`: as public static batches ran."""
-    return _find(named(name), hardware.name, hardware.measured, _width(dtype), offline)
+    return _find(named(name), hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name))
 
 
 def _width(dtype: str) -> str:
-    """The dtype by which rows are told apart: fp16 for any 16 bit, int8 and int4 for weights of about so many bits."""
+    """The dtype by which rows are told apart: fp16 for any 16 bit, w8a16 and int4 for weights of about so many bits."""
     plain = dtypes.stated(dtype) or ""
     if plain in ("", "fp8", "nvfp4", "fp4", *dtypes.WHOLE):
         return "fp16" if plain == "bf16" else plain
-    return "int8" if dtypes.BITS[plain] >= 6 else "int4"
+    if plain == "nf4":
+        return plain
+    return "int8" if plain == "int8" else "w8a16" if dtypes.BITS[plain] >= 6 else "int4"
 
 
 @cache

@@ -63,6 +63,11 @@ class Hardware:
         return self.pcie_bytes_per_s
 
     @property
+    def cpu(self) -> bool:
+        """Whether it is a whole CPU machine: measured here, or a row of one."""
+        return self.measured or self.name.startswith(("EPYC", "Xeon"))
+
+    @property
     def caveats(self) -> tuple[str, ...]:
         """The parts of the notes that say a value is disputed or unverified, or the row itself a guess."""
         parts = (part.strip() for part in self.notes.replace("[unverified", ";[unverified").split(";"))

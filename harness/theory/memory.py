@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,7 +11,6 @@ from harness.theory.hardware import Hardware
 from harness.theory.roofline import Setup
 
 Array = npt.NDArray[np.float64]
-MEMORY_SHARE = 0.9  # what an engine takes of the memory: vLLM's default gpu_memory_utilization
 CONTEXT_BYTES = 0.35e9  # CUDA context and workspaces of a process: 0.3 to 0.5 GB, of which torch counts a part
 GIB_PER_GB = 2**30 / 1e9
 # A data sheet's GB are GiB of memory chips, of which a driver keeps about 1 %: nvidia-smi shows 81559 MiB for an H100 of
@@ -28,26 +29,41 @@ def usable_bytes(hardware: Hardware) -> float:
 def activation_bytes(s: Setup, tokens: Array | float, heads: Array | float) -> Array:
     """Peak beside weights and cache, on one accelerator, in a pass of `tokens` of which `heads` go through the lm_head.
 
-    The residual stream and its copy, the widest layer's projections (gate, up and their product), 16 bit; logits in
-    16 and in 32 bit.
+    The residual stream, the layer's input and its output, the widest layer's projections (gate, up and their product),
+    16 bit; logits in 16 and in 32 bit.
     """
     model = s.model
     wide = max(g.ffn_matmul + g.experts_per_token * g.expert_matmul for g in model.groups) / model.hidden / s.tp
-    layer = tokens * 2.0 * (4 * model.hidden + wide)
+    layer = tokens * 2.0 * (3 * model.hidden + wide)
     return np.asarray(layer + heads * model.vocab * 6.0 / s.tp)
 
 
-def kv_space_bytes(s: Setup, share: float = MEMORY_SHARE) -> float:
-    """Bytes left for KV cache on all accelerators together when an engine takes `share` of their memory."""
-    reserved = float(activation_bytes(s, s.framework.chunk, SEQUENCES)) * s.gpus if not s.hardware.measured else 0.0
-    reserved = min(reserved, 0.1 * usable_bytes(s.hardware) * s.gpus)
-    return usable_bytes(s.hardware) * s.gpus * share - s.model.weight_bytes(s.dtype) - reserved
+def kv_space_bytes(s: Setup) -> float:
+    """Bytes left for KV cache on all accelerators together: what was told, or of the engine's share what weights, the
+    largest pass and the runtime leave, as vLLM finds it by a trial pass when it starts."""
+    if not math.isnan(s.memory.kv_bytes):
+        return s.memory.kv_bytes * s.gpus
+    taken = usable_bytes(s.hardware) * s.gpus * s.memory.share - s.model.weight_bytes(s.dtype)
+    if s.hardware.measured:
+        return taken
+    passing = float(activation_bytes(s, s.memory.batched_tokens or s.framework.chunk, SEQUENCES)) + CONTEXT_BYTES
+    if not s.memory.batched_tokens:  # where it would not fit, an engine is told to do less at a time
+        passing = min(passing, 0.1 * usable_bytes(s.hardware))
+    return taken - passing * s.gpus
 
 
-def largest_batch(s: Setup, context: Array, share: float = MEMORY_SHARE) -> Array:
+def kv_capacity(s: Setup) -> tuple[int, int]:
+    """(tokens that the cache holds, tokens of a block), in whole blocks, as vLLM logs them when it starts: blocks of 16
+    on accelerators, of 128 on CPUs.  Of layers with a window it keeps the whole context (as without its hybrid cache)."""
+    block = 128 if s.hardware.cpu else 16
+    each = block * s.model.kv_bytes_per_token(s.kv_dtype) * s.kv_copies
+    return max(0, math.floor(kv_space_bytes(s) / each)) * block, block
+
+
+def largest_batch(s: Setup, context: Array) -> Array:
     """Whole sequences of `context` tokens whose KV cache fits beside the weights; 0: not one."""
     each = s.model.kv_bytes(context, s.kv_dtype) * s.kv_copies
-    return np.maximum(0.0, np.floor(kv_space_bytes(s, share) / each))
+    return np.maximum(0.0, np.floor(kv_space_bytes(s) / each))
 
 
 def peak_terms(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str, Array]:

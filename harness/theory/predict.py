@@ -231,7 +231,7 @@ def _unfit(s: Setup, shape: tuple[int, int, int], seed: dict[str, float], needed
     kv = float(s.model.kv_bytes(float(shape[1] + shape[2]), s.kv_dtype))
     because = (
         f"{s.model.name} does not fit: {units.size(weights)} of weights and {units.size(kv)} of KV cache for one "
-        f"sequence exceed {units.percent(memory.MEMORY_SHARE)} of {units.size(has)} ({s.gpus} × {s.hardware.name}), "
+        f"sequence exceed {units.percent(s.memory.share)} of {units.size(has)} ({s.gpus} × {s.hardware.name}), "
         f"less what a pass needs."
     )
     names = ("ttft_s", "itl_s", "e2e_s", "output_tokens_per_s")

@@ -89,6 +89,23 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """What an engine was told of memory: the share of each accelerator that it takes (vLLM's gpu_memory_utilization, 0.9
+    by default), the most tokens of a pass (max_num_batched_tokens; 0: the framework's), or the KV cache of each
+    accelerator in bytes outright (NaN: what is left)."""
+
+    share: float = 0.9
+    batched_tokens: int = 0
+    kv_bytes: float = math.nan
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise RidgelineError(f"the share of the memory must be above 0 and at most 1, got {self.share:g}")
+        if self.batched_tokens < 0 or self.kv_bytes <= 0:
+            raise RidgelineError("the most tokens of a pass and the space of the KV cache must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
 class Setup:
     """A model on accelerators with its dtypes settled.  `flops` and `head_flops` are of one accelerator."""
 
@@ -112,6 +129,7 @@ class Setup:
     decode: kernels.Law
     prefill: kernels.Law
     draft: Draft | None = None
+    memory: Room = Room()
 
     @property
     def gpus(self) -> int:
@@ -292,7 +310,7 @@ def prefill_pass(s: Setup, prompts: Array, tokens: Array, past: Array | float = 
     total = prompts * tokens
     flops = prompts * model.prefill_attention_flops(tokens, past)
     law = s.prefill
-    done = _matrices(s, total, prompts)
+    done = _matrices(s, total, total if s.framework.all_logits else prompts)
     moved = 2.0 * total * sum(2 * g.count * g.head_dim * (g.heads + g.kv_heads) for g in model.groups)
     done.terms["attention"] = (
         s.factors.compute
@@ -361,6 +379,7 @@ def _overheads(s: Setup, terms: Terms, tokens: Array, attention_latency_s: float
     model, fw = s.model, s.framework
     width = sum(g.count * (8 * model.hidden + 3 * g.token_matmul / model.hidden / 3 / s.tp) for g in model.groups)
     terms["activations"] = tokens * 2.0 * width / s.hardware.bytes_per_s / s.head.bandwidth * s.factors.bandwidth
+    terms["activations"] = terms["activations"] * fw.elementwise
     gemms = sum(g.count * (6 if g.experts else 4) for g in model.groups) + 1
     small = sum(g.count * (SMALL_KERNELS + (4 if g.experts else 0)) for g in model.groups)
     # The tables' narrow products quantize the activations in a kernel of its own, which engines fuse with the norm before:

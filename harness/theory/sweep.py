@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +13,13 @@ from harness.theory import intervals, load, memory
 from harness.theory.calibration import Calibration
 from harness.theory.frameworks import find
 from harness.theory.hardware import Hardware
-from harness.theory.roofline import LIMIT_OF, Setup, setup, with_draft
+from harness.theory.roofline import LIMIT_OF, Room, Setup, setup, with_draft
 from harness.theory.shape import Model
 
 Array = npt.NDArray[np.float64]
 Terms = dict[str, Array]
 
+DEFAULT_ROOM = Room()
 MODES = ("wave", "closed", "open", "static")
 METRICS = ("ttft_s", "itl_s", "e2e_s", "output_tokens_per_s", "mem_bytes")
 
@@ -88,13 +89,14 @@ def sweep(
     waves: float = load.WAVES,
     draft: tuple[Model, int, float] | None = None,
     calibration: Calibration | None = None,
+    room: Room = DEFAULT_ROOM,
 ) -> Sweep:
     """Predict points whose `batch`, `input_tokens` and `output_tokens` are broadcast against each other.
 
     `mode`: "wave" and "static" release the batch at once ("wave" counts each request's own first token, "static" that
     of the batch), "closed" keeps it in flight, "open" sends `rate` requests a second to each of which `batch` is only a
     first guess.  `draft`: a model that speculates, how many tokens at a time, and how often one is accepted.
-    `cached_share` of each prompt is found in a prefix cache.  Raises RidgelineError for values that make
+    `room`: what the engine was told of memory.  `cached_share` of each prompt is found in a prefix cache.  Raises RidgelineError for values that make
     no sense; a point that does not fit is no error.
     """
     b, i, o = (np.atleast_1d(np.asarray(x, dtype=np.float64)) for x in (batch, input_tokens, output_tokens))
@@ -111,6 +113,7 @@ def sweep(
         )
     s = setup(model, hardware, find(framework, hardware, dtype or model.dtype, offline=mode == "static"), dtype=dtype, kv_dtype=kv_dtype, tp=tp, pp=pp,
               ep=ep, dp=dp, factors=calibration.factors_for(model, hardware) if calibration else None)  # fmt: skip
+    s = replace(s, memory=room)
     if draft:
         s = with_draft(s, *draft)
     if mode in ("wave", "static"):

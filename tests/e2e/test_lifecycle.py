@@ -23,7 +23,7 @@ import pytest
 
 from harness import store
 from tests import faults
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Nursery
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 LAW = ("--ttft-base", "10ms", "--itl-base", "1ms")
@@ -331,44 +331,13 @@ class Answering:
                     self.out_s.append(time.monotonic())
 
 
-# Runs each command line of its input in a fork of its own, so that nothing is imported again: it prints the child's pid.
-NURSERY = """
-import os, sys
-from harness import cli, command, run, recorder, workers, probe, client, summary
-import harness.report.page, pyarrow.parquet
-for line in sys.stdin:
-    pid = os.fork()
-    if not pid:
-        os.setsid()
-        sys.argv = line.rstrip("\\n").split("\\t")
-        null = os.open(os.devnull, os.O_RDWR)
-        for number in (0, 1): os.dup2(null, number)
-        code = 1
-        try: cli.main()
-        except SystemExit as end: code = end.code or 0
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-def kill_often(times: int, tmp_path: Path) -> None:
+def kill_often(times: int, nursery: Nursery, tmp_path: Path) -> None:
     server, rng = Answering(), random.Random(4)
-    nursery = subprocess.Popen([sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert nursery.stdin is not None and nursery.stdout is not None
-
-    def command(*words: str) -> int:
-        assert nursery.stdin is not None and nursery.stdout is not None
-        nursery.stdin.write("\t".join(("ridgeline", *words)) + "\n")
-        nursery.stdin.flush()
-        return int(nursery.stdout.readline())
-
     for i in range(times):
         server.out_s.clear()
         out = f"run{i}"
-        pid = command("run", "--url", server.url + "/ok", "--input-tokens", "64", "--output-tokens", "8", "--batch-sizes", "4", "--mode",
-                      "closed", "--requests", "99999", "--warmup", "0", "--out", out, "-q", "--no-report", "--no-preflight")  # fmt: skip
+        pid = nursery.start(("run", "--url", server.url + "/ok", "--input-tokens", "64", "--output-tokens", "8", "--batch-sizes", "4", "--mode",
+                             "closed", "--requests", "99999", "--warmup", "0", "--out", out, "-q", "--no-report", "--no-preflight"), tmp_path)  # fmt: skip
         wait_until(lambda: len(server.out_s) > 3, "no answer was given")
         time.sleep(rng.uniform(0.0, 0.6))
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
@@ -377,7 +346,7 @@ def kill_often(times: int, tmp_path: Path) -> None:
         else:
             os.kill(pid, signal.SIGKILL)
         killed_s = time.monotonic()
-        assert int(nursery.stdout.readline()) == -signal.SIGKILL
+        assert nursery.wait() == -signal.SIGKILL
         _, alive = psutil.wait_procs(family, timeout=10)
         assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
         found = store.load(tmp_path / out)
@@ -386,17 +355,15 @@ def kill_often(times: int, tmp_path: Path) -> None:
         assert all(found.records.ok) and not any("checksum" in note for note in found.notes)
         ids = found.records.id.tolist()
         assert len(set(ids)) == len(ids)
-        command("report", out)
-        assert int(nursery.stdout.readline()) == 0
+        nursery.start(("report", out), tmp_path)
+        assert nursery.wait() == 0
         assert (tmp_path / out / "report.html").stat().st_size > 10_000
-    nursery.stdin.close()
-    nursery.wait(10)
 
 
-def test_kill_9_at_any_instant_loses_a_quarter_of_a_second_at_most(tmp_path: Path) -> None:
-    kill_often(2, tmp_path)
+def test_kill_9_at_any_instant_loses_a_quarter_of_a_second_at_most(nursery: Nursery, tmp_path: Path) -> None:
+    kill_often(2, nursery, tmp_path)
 
 
 @pytest.mark.full
-def test_kill_9_at_200_instants_loses_a_quarter_of_a_second_at_most(tmp_path: Path) -> None:
-    kill_often(200, tmp_path)
+def test_kill_9_at_200_instants_loses_a_quarter_of_a_second_at_most(nursery: Nursery, tmp_path: Path) -> None:
+    kill_often(200, nursery, tmp_path)

@@ -190,8 +190,13 @@ def test_a_signal_ends_the_run_with_a_partial_report(
     _, said = process.communicate(timeout=20)
     assert process.returncode == code, said
     assert "Traceback" not in said
-    assert json.loads((tmp_path / "cut" / "summary.json").read_text())["state"] == "interrupted"
+    found = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert found["state"] == "interrupted"
     assert (tmp_path / "cut" / "requests.parquet").exists()
+    (point,) = found["points"]
+    assert point["planned"] == 1000 and 0 < point["requests"] == 1000 - point["not_sent"] < 1000
+    told = f"1,000 requests were planned, {point['requests']} ended"
+    assert told in found["findings"][0]["saw"] and told in {f["code"]: f["saw"] for f in point["findings"]}["V026"]
 
 
 def test_errors_are_counted_by_class_and_set_the_exit_code(simulated: Callable[..., str], ridgeline: Run) -> None:
@@ -205,8 +210,10 @@ def test_errors_are_counted_by_class_and_set_the_exit_code(simulated: Callable[.
     assert found["points"][0]["verdict"] == "invalid" and found["points"][0]["ttft_ms"]["mean"] is None
 
 
-def test_help_and_version_are_quick_and_plain(ridgeline: Run) -> None:
-    for arguments in (["--help"], ["run", "--help"], ["--version"]):
-        done = ridgeline(*arguments)
-        assert done.returncode == 0 and done.stdout
-    assert "ridgeline 0." in ridgeline("--version").stdout
+def test_help_and_version_are_quick_and_plain(tmp_path: Path) -> None:
+    """In a Python of its own, as a user starts it."""
+    for arguments in (["run", "--help"], ["--version"]):
+        done = subprocess.run([sys.executable, "-m", "harness", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+        assert done.stdout and not done.stderr
+    assert "ridgeline 0." in done.stdout

@@ -1,0 +1,266 @@
+"""What to buy: the choice, the batch, the limit and the cost rebuilt from the theory; wrong questions get one clear error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness import planning, planning_text
+from harness.planning import Load, Plan, Point, Run, Span, Way, objective
+from harness.records import RidgelineError
+from harness.theory import catalogue, design, hardware, memory, tails
+from harness.theory.sweep import sweep
+
+LLAMA = catalogue.find("meta-llama/Llama-3.1-8B")
+NAMES = ("T4", "A10", "L4", "A100-SXM-80GB", "H100-SXM")
+ROWS = [hardware.find(name) for name in NAMES]
+SLO = (objective("ttft_p95", 0.5), objective("itl_p95", 0.05))
+LOAD = Load(350, 150)
+
+
+def planned(rows=ROWS, load: Load = LOAD, slo=SLO, **given) -> Plan:
+    return planning.plan(LLAMA, rows, load, slo, framework="vllm", **given)
+
+
+@pytest.fixture(scope="module")
+def found() -> Plan:
+    return planned()
+
+
+def way(found: Plan, name: str, dtype: str, tp: int) -> Way:
+    return next(w for w in found.ways if (w.hardware.name, w.dtype, w.tp) == (hardware.find(name).name, dtype, tp))
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def test_the_choice_is_the_cheapest_way_that_keeps_the_objectives(found):
+    fits = [w for w in found.ways if w.allowed and w.state == "meets" and math.isfinite(w.hardware.usd_per_h)]
+    costs = {}
+    for w in fits:  # rebuilt from the sweep alone
+        speed = sweep(LLAMA, w.hardware, batch=w.batch, input_tokens=350, output_tokens=150, dtype=w.dtype, tp=w.tp,
+                      mode="open", framework="vllm").columns["output_tokens_per_s"].value[0]  # fmt: skip
+        costs[w.hardware.name, w.tp] = w.hardware.usd_per_h * w.tp / (speed * 3600) * 1e6
+    assert found.verdict == "yes"
+    assert (found.choice.hardware.name, found.choice.tp) == min(costs, key=costs.get)
+    assert found.choice.usd_per_million.value == pytest.approx(min(costs.values()))
+
+
+def test_sixteen_bit_llama_8b_does_not_fit_a_t4(found):
+    alone = way(found, "T4", "fp16", 1)
+    assert alone.state == "does not fit"
+    assert LLAMA.weight_bytes("fp16") > memory.MEMORY_SHARE * memory.usable_bytes(hardware.find("T4"))
+    assert any("does not fit one T4" in line for line in planning_text.unfit(found))
+    assert way(found, "T4", "fp16", 2).state == "meets"
+    assert way(found, "T4", "int4", 1).state == "meets"
+
+
+def test_the_planned_batch_is_the_last_that_the_upper_ends_keep(found):
+    """Nothing that keeps every objective by its upper end gives more tokens/s, and the next larger batch breaks one."""
+    for w in (w for w in found.ways if w.curve and w.state == "meets"):
+        kept = np.all([w.curve.times[o.name][2] <= o.bound_s for o in SLO], axis=0)
+        first = len(kept) if kept.all() else int(np.argmin(kept))
+        assert w.batch == 1 + int(np.argmax(w.curve.tokens_per_s[0][:first]))
+        if w.binding in ("ttft_p95", "itl_p95"):
+            assert w.batch == first
+            bound = next(o.bound_s for o in SLO if o.name == w.binding)
+            assert w.curve.time(w.binding, first).high > bound >= w.curve.time(w.binding, first - 1).high
+
+
+def test_an_l4_alone_is_too_slow_because_it_reads_the_weights_once_a_token(found):
+    alone = way(found, "L4", "bf16", 1)
+    assert alone.state == "misses"
+    assert alone.limit == "memory_bandwidth"
+    assert LLAMA.read_bytes("bf16") / hardware.find("L4").bytes_per_s > 0.05
+
+
+def test_hardware_without_a_price_is_never_bought_but_told_its_break_even_price(found):
+    l4 = next(w for w in found.best if w.hardware.name == "L4")
+    assert math.isnan(l4.usd_per_million.value)
+    below = planning.break_even_usd_per_h(l4, found.choice, LOAD)
+    cheap, dear = ([replace(r, usd_per_h=f * below) if r.name == "L4" else r for r in ROWS] for f in (0.98, 1.02))
+    assert planned(cheap).choice.hardware.name == "L4"
+    assert planned(dear).choice.hardware.name == found.choice.hardware.name
+
+
+def test_narrower_weights_are_chosen_only_where_they_were_asked_for(found):
+    assert found.choice.dtype == "bf16"
+    assert found.lever is not None and found.lever.dtype in ("fp8", "int4")
+    wider = planned(dtypes=["bf16", "fp8"])
+    assert wider.choice.dtype == "fp8"
+    assert wider.choice.usd_per_million.value < found.choice.usd_per_million.value
+
+
+def test_only_with_a_precision_that_was_not_asked_for():
+    found = planned([hardware.find("T4")], tps=[1])
+    assert (found.verdict, found.choice.dtype) == ("only with", "int4")
+    assert planning_text.verdict(found).startswith("In the precision asked for nothing meets")
+
+
+def test_what_cannot_be_kept_is_no_and_names_the_nearest(found):
+    hard = planned(slo=(objective("itl_p95", 1e-4),))
+    assert (hard.verdict, hard.choice) == ("no", None)
+    assert "The nearest is" in planning_text.verdict(hard)
+
+
+def test_a_bound_between_value_and_upper_end_cannot_tell():
+    rows = [hardware.find("A10")]
+    alone = next(w for w in planned(rows, tps=[1]).ways if w.dtype == "bf16")
+    span = alone.curve.time("itl_p95", 0)
+    found = planned(rows, tps=[1], slo=(objective("itl_p95", (span.value + span.high) / 2),), dtypes=["bf16"])
+    narrow = [w for w in found.ways if not w.allowed and w.state == "meets"]
+    assert found.verdict == ("only with" if narrow else "cannot tell")
+    bf16 = next(w for w in found.ways if w.dtype == "bf16")
+    assert (bf16.state, bf16.hoped >= 1) == ("may meet", True)
+
+
+# --- a rate -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [1.0, 50.0, 200.0])
+def test_replicas_serve_the_rate_and_no_fewer_would(rate):
+    found = planned(load=Load(350, 150, rate))
+    for w in (w for w in found.ways if w.curve and w.works):
+        each = w.tokens_per_s.value / 150
+        assert (w.replicas.value - 1) * each < rate <= w.replicas.value * each * (1 + 1e-6)
+        assert w.in_flight <= w.batch * (1 + 1e-9)
+        month = w.replicas.value * w.tp * w.hardware.usd_per_h * planning.HOURS_A_MONTH
+        assert w.usd_per_month.value == pytest.approx(month, nan_ok=True)
+        tokens = rate * 150 * planning.HOURS_A_MONTH * 3600 / 1e6
+        assert w.usd_per_million.value == pytest.approx(month / tokens, nan_ok=True)
+
+
+# --- percentiles ------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.0, 60.0), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
+@settings(max_examples=60, deadline=None)
+def test_the_poisson_quantile_is_the_first_that_reaches_the_share(mean, share):
+    k = int(tails.poisson_quantile(np.array([mean]), share)[0])
+    chance = [
+        math.exp(-mean + i * math.log(mean) - math.lgamma(i + 1)) if mean else float(i == 0) for i in range(k + 1)
+    ]
+    assert sum(chance) >= share - 1e-9
+    assert sum(chance[:-1]) < share + 1e-9
+
+
+def test_the_wait_of_m_m_1_has_its_textbook_quantile():
+    """P(W > t) = p exp(-(1 - p) t / s), so the mean is p s / (1 - p)."""
+    load, share = np.array([0.3, 0.7, 0.95]), 0.95
+    mean = load / (1 - load)
+    exact = np.maximum(np.log(load / (1 - share)), 0) / (1 - load)
+    assert tails.wait_factor(load, share) * mean == pytest.approx(exact)
+
+
+def test_gaps_have_the_poisson_mixture_of_steps_with_and_without_prompts():
+    """The quantile of ITL is that of drawn steps: a plain step plus as many prompts as fall into it."""
+    found = sweep(
+        LLAMA, ROWS[-1], batch=[4, 64, 256], input_tokens=350, output_tokens=150, mode="open", framework="vllm"
+    )
+    terms = found.columns["itl_s"].terms
+    rng = np.random.default_rng(7)
+    for place, share in ((0, 0.95), (1, 0.5), (1, 0.95), (2, 0.95)):
+        mean = (found.running[place] - 1) / 150
+        plain = sum(v[place] for name, v in terms.items() if name != "prefills of others")
+        drawn = plain + rng.poisson(mean, 200_001) * terms["prefills of others"][place] / mean
+        told = sum(v[place] for v in tails.terms_at(found, "itl_s", share).values())
+        assert told == pytest.approx(np.quantile(drawn, share, method="inverted_cdf"), rel=1e-6)
+
+
+def test_percentiles_rise_with_their_share_and_e2e_is_made_of_the_others():
+    found = sweep(LLAMA, ROWS[1], batch=[1, 8, 40], input_tokens=350, output_tokens=150, mode="open", framework="vllm")
+    total = {q: sum(tails.terms_at(found, "ttft_s", q).values()) for q in (0.5, 0.9, 0.95, 0.99)}
+    assert np.all(np.diff(list(total.values()), axis=0) > 0)
+    e2e = sum(tails.terms_at(found, "e2e_s", 0.95).values())
+    assert e2e == pytest.approx(total[0.95] + 149 * found.columns["itl_s"].value)
+
+
+# --- which measurement ------------------------------------------------------------------------------------------------
+
+
+def test_measuring_the_planned_batch_leaves_least_doubt_of_its_time(found):
+    told = planning.advice(found)
+    assert told.way is found.choice
+    assert told.point.doubt_after < 0.5 * told.point.doubt
+    one = design.surest(found.choice.curve.found, "itl_s", found.choice.batch, [1], None)
+    assert one.doubt == pytest.approx(told.point.doubt)
+    assert told.point.doubt_after <= one.doubt_after + 1e-12
+
+
+def test_the_rival_is_measured_where_prices_make_it_close(found):
+    """Two ways that cost the same: the one whose speed is less sure teaches more."""
+    a10 = next(w for w in found.best if w.hardware.name == "A10")
+    par = found.choice.usd_per_million.value * a10.tokens_per_s.value * 3600 / 1e6 / a10.tp
+    near = planned([replace(r, usd_per_h=1.001 * par) if r.name == "A10" else r for r in ROWS])
+    assert near.choice.hardware.name == found.choice.hardware.name
+    told = planning.advice(near)
+    assert told.way.hardware.name == "A10"
+    assert told.saves > planning.WORTH
+
+
+# --- measured ---------------------------------------------------------------------------------------------------------
+
+
+def point(batch: float, speed: float, itl: float, verdict: str = "valid", **given) -> Point:
+    return Point(batch, Span(speed, speed, speed), {"ttft_p95": Span(0.1), "itl_p95": Span(itl)}, verdict, **given)
+
+
+def measured(*points: Point, unlike: str = "") -> Run:
+    return Run("mine", replace(hardware.find("L4"), usd_per_h=0.1), "bf16", 1, points, unlike)
+
+
+def test_a_measured_run_is_bought_where_it_is_the_cheapest():
+    found = planned(runs=[measured(point(8, 900.0, 0.02), point(16, 1500.0, 0.04), point(32, 2000.0, 0.07))])
+    assert found.choice.run.name == "mine"
+    assert (found.choice.batch, found.choice.binding) == (16, "itl_p95")
+    assert found.choice.usd_per_million.value == pytest.approx(0.1 / 3600 / 1500 * 1e6)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        measured(point(16, 1500.0, 0.04, "suspect")),
+        measured(point(16, 1500.0, 0.04, thin=("itl_p95",))),
+        measured(point(16, 1500.0, 0.06)),
+        measured(point(16, 1500.0, 0.04, "invalid")),
+        measured(point(16, 1500.0, 0.04), unlike="another model: other"),
+        measured(),
+    ],
+    ids=["suspect", "too few samples", "too slow", "invalid", "another model", "empty"],
+)
+def test_a_run_in_doubt_is_shown_but_not_bought(run):
+    found = planned(runs=[run])
+    assert found.choice.run is None
+    assert [w.run for w in found.ways if w.run] == [run]
+
+
+# --- what makes no sense ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ttft", "ttft_p42", "speed_p95", "output_tokens_per_s", ""])
+def test_an_unknown_objective_is_refused(name):
+    with pytest.raises(RidgelineError, match="unknown objective"):
+        objective(name, 1.0)
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, math.nan, math.inf])
+def test_a_bound_must_be_positive(bound):
+    with pytest.raises(RidgelineError, match="more than 0"):
+        objective("ttft_p95", bound)
+
+
+def test_hardware_that_fits_nothing_is_one_error():
+    big = catalogue.find("meta-llama/Llama-3.1-70B")
+    with pytest.raises(RidgelineError, match="fits on none of T4"):
+        planning.plan(big, [hardware.find("T4")], LOAD, SLO, tps=[1], framework="vllm")
+
+
+def test_one_output_token_has_no_itl_and_still_a_plan():
+    found = planned(load=Load(350, 1))
+    assert found.choice is not None
+    assert found.choice.binding != "itl_p95"
