@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from harness import detail, prices, units
+from harness import checks, detail, prices, units
 from harness.metrics import METRICS
 from harness.records import RidgelineError
-from harness.report import capacity, corrections, decision, glossary, limits, ratio, roofline, view
+from harness.report import capacity, corrections, decision, glossary, limits, ratio, roofline, validity, view
 from harness.report.page import RunView, render
 from harness.report.section import Charts
 from harness.report.sections import SECTIONS
@@ -225,6 +227,16 @@ def test_the_ledger_quotes_the_articles_beside_the_correction(run: RunView) -> N
     assert corrections.section([samples.without_theory()]) is None
 
 
+def test_every_check_has_a_row_and_every_finding_its_sign() -> None:
+    source = (Path(checks.__file__)).read_text("utf-8")
+    assert set(validity.ASKED) == set(re.findall(r'Finding\("(V\d+)"', source))
+    table = validity.checks_table([samples.sample()])
+    assert table
+    signs = {row[0].small: [cell.text for cell in row[1:]] for row in table.body}
+    assert signs["V003"] == ["✓", "✓", "▲ suspect", "▲ suspect"]
+    assert signs["V012"] == ["✓"] * 4
+
+
 def test_every_metric_is_in_the_glossary() -> None:
     words = [word for word, _ in glossary.section([])]
     assert words[: len(METRICS)] == [glossary.NAMES[metric.name] for metric in METRICS]
@@ -332,3 +344,27 @@ def test_the_time_line_does_not_depend_on_how_the_records_are_cut() -> None:
     assert parts == pytest.approx(whole)
     direct = [(weight * (np.minimum(ended, edge) - np.minimum(begun, edge))).sum() for edge in edges]
     assert whole == pytest.approx(direct)
+
+
+# --- on the command line ------------------------------------------------------------------------------------------
+
+
+def test_an_objective_and_a_price_given_with_the_report_stay_with_the_run(
+    simulated: Callable[..., str], ridgeline: Callable[..., Any], tmp_path: Path
+) -> None:
+    url = simulated("--ttft-base", "5ms", "--itl-base", "2ms", "--slots", "4")
+    done = ridgeline("run", "--url", url, "--batch-sizes", "1,2", "--requests", "20", "--trials", "2", "--input-tokens", "32", "--output-tokens", "8",
+                     "--slo", "itl_p50=1s", "--hardware", "H100-SXM", "--model-config", "Llama-3.1-8B", "--out", "run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["worth"]["slo"] == "itl_p50=1s"
+    done = ridgeline("report", "run", "--slo", "itl_p50=1ms,ttft_p50=1s", "--price", "3.6/h", "-o", "page.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert "ITL p50 ≤ 1 ms and TTFT p50 ≤ 1 s" in page and "$3.60/h (as given)" in page
+    again = ridgeline("report", "run", "-o", "again.html")
+    assert again.returncode == 0 and (tmp_path / "again.html").read_text() == page
+    verified = ridgeline("verify", "run")  # from the journal, where the report was made from the columns
+    assert verified.returncode == 0, verified.stderr
+    for flags, said in ((["--slo", "speed=1"], "speed"), (["--price", "cheap"], "expected US dollars")):
+        wrong = ridgeline("report", "run", *flags)
+        assert wrong.returncode == 2 and said in wrong.stderr and "Traceback" not in wrong.stderr

@@ -19,6 +19,7 @@ from harness.report import (
     tables,
     timeline,
     trend,
+    validity,
     verdict,
     view,
 )
@@ -54,7 +55,7 @@ SECTIONS = (
     Section("figures", "Every figure", "tables", _figures),
     Section("time", "Where the time goes", "time", against.time),
     Section("start", "Engine start", "starts", _starts),
-    Section("findings", "Validity findings", "findings", tables.findings),
+    Section("findings", "Validity findings", "findings", validity.section),
     Section("repeat", "How to reproduce", "repeat", provenance.section),
     Section("ledger", "Ledger of corrections", "tables", corrections.section),
     Section("glossary", "Glossary", "glossary", glossary.section),
