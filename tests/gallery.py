@@ -38,8 +38,10 @@ SHOTS = (
 
 def share(folder: Path) -> None:
     """Leave only what a report is made from, and take this machine's folders and name out of its texts."""
-    if not (folder / store.PARQUET).exists():
-        raise RidgelineError(f"{folder}: no {store.PARQUET}; `ridgeline report {folder}` makes it")
+    if store.journals(folder):
+        store.derive(folder)  # with all that the journal tells: it goes
+    if not store.load(folder).events:
+        raise RidgelineError(f"{folder}: neither a journal nor columns that tell of the trials; measure it anew")
     for path in folder.iterdir():
         if path.name not in KEPT:
             path.unlink()
