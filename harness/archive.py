@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,29 @@ def blocks(path: Path, only: Sequence[str] = SCALAR_COLUMNS, chunks: bool = True
             raise KeyError(min(lacking))
         chunks = chunks or not has.issuperset(DERIVED)  # of the first weeks: these follow from the chunks
         names = [name for name in (*only, *(CHUNKS if chunks else ())) if name in has]
-        for i in range(file.num_row_groups):  # iter_batches() keeps what it has read of every group
-            for batch in file.read_row_group(i, columns=names, use_threads=False).to_batches(BLOCK):
+        for group in _ahead(file, names):
+            for batch in group.to_batches(BLOCK):
                 yield _table(batch, chunks)
+
+
+def _ahead(file: Any, names: Sequence[str]) -> Iterator[Any]:
+    """The row groups in order; the next is unpacked while the last is worked on.  (iter_batches() keeps what it has read of
+    every group.)"""
+
+    def read(i: int) -> Any:
+        return file.read_row_group(i, columns=list(names), use_threads=False)
+
+    count = file.num_row_groups
+    if count < 3:
+        yield from map(read, range(count))
+        return
+    with ThreadPoolExecutor(1) as other:
+        following = other.submit(read, 0)
+        for i in range(count):
+            group = following.result()
+            if i + 1 < count:
+                following = other.submit(read, i + 1)
+            yield group
 
 
 def _table(batch: Any, chunks: bool) -> Table:

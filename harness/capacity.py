@@ -182,9 +182,10 @@ def crossing(curve: Curve, ceiling: float, pole: float, mode: str) -> float:
     if above == 0:
         return x[0] * math.exp(-min(z[0], 2.0)) if x else math.inf
     y = [math.exp(value) for value in z]  # in units of the bound
-    if mode == "open":
-        known = above < len(z) or pole == pole
-        return min(_leant(curve, pole), ceiling) if known else math.inf
+    if mode == "open" and above < len(z):
+        return min(_leant(curve, pole), ceiling)
+    if mode == "open" and pole == pole:
+        return _towards_pole(x, y, pole) if x[-1] < pole else min(x[-1] * (1 + 2 * SIDE), math.sqrt(x[-1] * ceiling))
     if above == len(z):
         return math.inf
     a, b = above - 1, above
@@ -193,6 +194,12 @@ def crossing(curve: Curve, ceiling: float, pole: float, mode: str) -> float:
     if further is not None:  # a knee lies between: what is beyond it is straight
         found = max(found, x[b] - (y[b] - 1) * (x[further] - x[b]) / (y[further] - y[b]))
     return min(found, x[b])
+
+
+def _towards_pole(x: Sequence[float], y: Sequence[float], pole: float) -> float:
+    """Open loop, where no point is above the bound: y0 + k·x / (pole - x) through the first and the last knot."""
+    k, room = (y[-1] - y[0]) * (pole - x[-1]) / x[-1], 1 - y[0]
+    return pole * room / (room + max(k, 0.01 * y[0])) if room > 0 else x[-1]
 
 
 def _leant(curve: Curve, pole: float) -> float:
@@ -283,6 +290,11 @@ def _worst(points: Sequence[Measured], at: float) -> str:
     return max(readings, key=lambda r: r.excess).metric if readings else ""
 
 
+def _leans(points: Sequence[Measured], met: float, missed: float, goal: Goal) -> bool:
+    """Open loop: whether points on both sides of the bound, in a steady state, are near enough for a line through them."""
+    return goal.mode == "open" and missed <= 1.5 * met and any(z > 0 for curve in curves(points) for z in curve.raw)
+
+
 def _interval(points: Sequence[Measured], goal: Goal, met: float, missed: float) -> tuple[float, float]:
     """95 % interval of the edge: what the points' own intervals make of it, and never inside of the bracket."""
     rng = np.random.default_rng(7)
@@ -298,7 +310,7 @@ def _interval(points: Sequence[Measured], goal: Goal, met: float, missed: float)
         else:
             found.append(_estimate(points, drawn, low, high, goal.mode)[0])
     low, high = np.quantile(found, (0.025, 0.975))
-    if goal.mode == "open" and missed <= 1.5 * met:  # the curve says more than the two points beside the edge
+    if _leans(points, met, missed, goal):  # the curve says more than the two points beside the edge
         return float(low), float(high)
     return min(float(low), met), max(float(high), missed)
 
@@ -378,7 +390,7 @@ def _inside(points: Sequence[Measured], at: Edge, goal: Goal) -> float:
     over = min((p for p in points if p.usable and p.saturated and p.load >= high), key=lambda p: p.load, default=None)
     if over is not None and not over.full and at.load > (1 - SIDE) * over.load:
         return over.load  # it was too short a look to end the search there
-    if goal.mode == "open" and high <= 1.5 * low:
+    if _leans(points, low, high, goal):
         below, above = (sum(p.full and (p.load < at.load) == side for p in points) for side in (True, False))
         return at.load * (1 + SIDE if below > above else 1 - SIDE)
     lower, upper = math.log(at.load / low), math.log(high / at.load)
@@ -422,7 +434,7 @@ TIMES_BOUND = 20  # ... and as the objective, so that a queue that grows shows
 def plan(step: Next, points: Sequence[Measured], goal: Goal, limits: Sequence[Limit], left_s: float) -> Play:
     """How to play the next point in what is left of the search's time: short while it grows, long at the edge."""
     lasts_s = _lasts(step.load, points)
-    ahead = max(1, min(goal.max_points - len(points), 4))
+    ahead = max(1, min(goal.max_points - len(points), 3))
     most_s = max(1.0, left_s / ahead if step.full else min(goal.max_time_s / 30, left_s / 2))
     known_s = lasts_s if lasts_s == lasts_s else 0.0
     if goal.whole:

@@ -2,7 +2,8 @@
 
 Sans-I/O, so streams recorded from real servers are its tests.  The parser follows the WHATWG event-stream rules
 (https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream) on bytes, with four deviations:
-empty data tells nothing, a final `data: [DONE]` without its blank line is accepted, and so are errors in a field `error:` and in an event `error` without data.
+an event of empty data tells nothing, a final `data: [DONE]` without its blank line is accepted, and so are errors in a
+field `error:` and in an event `error` without data.
 """
 
 from __future__ import annotations

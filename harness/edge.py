@@ -4,7 +4,6 @@ arrivals outran completions."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -93,7 +92,7 @@ def backlog(t: Table) -> tuple[bool, float]:
     in_flight = np.arange(len(due_s)) - np.searchsorted(np.sort(done_s), due_s, side="right")
     quarters = [float(np.mean(part)) for part in np.array_split(in_flight[measured], 4)]
     risen = quarters[3] - quarters[0]
-    rises = all(a < b for a, b in pairwise(quarters))
+    rises = quarters[3] > max(quarters[:2]) and quarters[2] > quarters[0]
     if not (rises and risen * 4 / 3 > GROWTH * n and risen > 4 * np.sqrt(quarters[0] + 1)):
         return False, NAN
     return True, rate(due_s, done_s)

@@ -210,7 +210,7 @@ class Player:
 
     def pump(self) -> None:
         """Send all that is due and may go.  Called at the start, at each ending, and when the next one falls due."""
-        while (self.queue or self.refill()) and not self.stopping:
+        while not self.stopping and (self.queue or self.refill()):  # once over, an endless plan is asked for no more
             request = self.queue[0][0]
             now = clock()
             in_flight = len(self.busy) + self.opening

@@ -161,17 +161,17 @@ def steady_window(begun_s: Floats, last_s: Floats, wave: Ints, mode: str, slots:
     return [(full if full <= (start + begun[-1]) / 2 else start, float(begun[-1]))]
 
 
-def window_of(times: Floats, windows: Windows) -> Ints:
+def window_of(times: Floats, windows: Windows | Floats) -> Ints:
     """Which of the windows (ascending, not overlapping) holds each time, -1 for none.  Each is a microsecond wider: a
     window of a wave ends at its last token, which float32 may round past it."""
-    if not windows:
+    if not len(windows):
         return np.full(len(times), -1)
-    starts, ends = np.array(windows).T
+    starts, ends = np.asarray(windows).T
     at = np.searchsorted(starts - 1e-6, times, side="right") - 1
     return np.asarray(np.where(times <= ends[np.maximum(at, 0)] + 1e-6, at, -1))
 
 
-def tokens_inside(t: Table, windows: Windows) -> dict[str, float]:
+def tokens_inside(t: Table, windows: Windows | Floats) -> dict[str, float]:
     """Output tokens by their arrival, input tokens by the first token, and requests by their last, inside the windows."""
     first, last = window_of(t.first_token_s, windows), window_of(t.last_token_s, windows)
     whole = (first >= 0) & (first == last)  # all its arrivals are inside

@@ -18,6 +18,8 @@ def check(scenario: Scenario) -> None:
         _file(getattr(workload, key), scenario.at("workload", key))
     for key in ("input_tokens", "output_tokens"):
         _file(getattr(getattr(workload, key), "file", None), scenario.at("workload", key, "file"))
+    if scenario.theory.calibration:
+        _calibration(scenario.theory.calibration, scenario.at("theory", "calibration"))
     if scenario.engine.kind == "url" and not scenario.engine.url:
         _address(os.environ.get("OPENAI_BASE_URL"), "OPENAI_BASE_URL")
     _address(scenario.engine.url, scenario.at("engine", "url"))
@@ -37,6 +39,16 @@ def _file(name: str | None, where: str) -> None:
     except (OSError, ValueError) as problem:
         said = getattr(problem, "strerror", None) or problem
         raise RidgelineError(f"{where}: {name}: cannot be read: {said}; name a file that is there") from None
+
+
+def _calibration(name: str, where: str) -> None:
+    """A calibration is first needed when all has been measured: too late to be told that it is none."""
+    from harness.command_theory import calibration_of
+
+    try:
+        calibration_of(Path(name))
+    except RidgelineError as problem:
+        raise RidgelineError(f"{where}: {problem}") from None
 
 
 def _address(url: str | None, where: str) -> None:

@@ -35,7 +35,7 @@ WORTH = 0.01  # a saving below this share of the cost changes no answer: then th
 STATISTICS = {"mean": NAN, "p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 TIMES = ("ttft", "itl", "tpot", "e2e")
 NARROW = ("fp8", "int4")  # what weights can be quantized to; int4 is weight-only, so any matrix unit will do
-# From the best: keeps the objectives for certain, perhaps, never; a single sequence does not fit; cannot be predicted.
+# From the best: keeps the objectives by the upper ends of its intervals, by the lower ones at least, never; a single sequence does not fit; cannot be predicted.
 STATES = ("meets", "may meet", "misses", "does not fit", "cannot be predicted")
 
 
@@ -121,7 +121,7 @@ class Run:
 class Way:
     """One way to serve, and where it would be run.  Rates are of one replica, which is `tp` accelerators.
 
-    `batch` is planned, `hoped` what would do if the predicted values themselves held; `binding` is what allows no larger
+    `batch` is planned, `hoped` what would do if the predicted values themselves held (0: none); `binding` is what allows no larger
     batch: the name of an objective, "memory", "sequences" (the engine's own limit) "throughput" (a larger batch gives no
     more) or "measured" (none larger was); `limit` (one of records.LIMITS) is what the time that binds is made of at the next larger batch.  Costs are
     of output tokens, at this batch (with a rate: at that rate, on `replicas`).  A `run` was measured; the others are
@@ -244,11 +244,11 @@ def _planned(way: Way, curve: Curve, load: Load, objectives: Sequence[Objective]
     binding, beyond = _binding(curve, objectives, place, first, end)
     on = curve.terms.get(binding) or curve.found.columns["itl_s"].terms
     limit = "capacity" if binding in ("memory", "sequences") else limit_of({k: float(v[beyond]) for k, v in on.items()})
-    top = int(np.argmax(curve.tokens_per_s[0][: max(hoped, first)]))
+    top = int(np.argmax(curve.tokens_per_s[0][: max(hoped, first)])) + 1 if hoped else 0
     times = {o.name: curve.time(o.name, place) for o in objectives}
     return _costed(replace(
-        way, state=state, curve=curve, batch=place + 1, hoped=top + 1, binding=binding, limit=limit, times=times,
-        tokens_per_s=curve.at(place), hoped_tokens_per_s=float(curve.tokens_per_s[0][top]),
+        way, state=state, curve=curve, batch=place + 1, hoped=top, binding=binding, limit=limit, times=times,
+        tokens_per_s=curve.at(place), hoped_tokens_per_s=curve.at(top - 1).value if top else NAN,
     ), load)  # fmt: skip
 
 
@@ -349,7 +349,14 @@ def _rank(way: Way, by_price: bool) -> tuple[Any, ...]:
     cost = way.usd_per_million.value  # with a rate it is the month's price over the month's tokens: the same order
     per_gpu = way.tokens_per_s.value / way.tp if way.tokens_per_s.value > 0 else 0.0
     known = by_price and math.isfinite(cost)
-    return (STATES.index(way.state), not known and by_price, cost if known else -per_gpu, way.gpus, way.hardware.name)
+    return (
+        STATES.index(way.state),
+        not way.hoped,
+        not known and by_price,
+        cost if known else -per_gpu,
+        way.gpus,
+        way.hardware.name,
+    )
 
 
 def pick(ways: Sequence[Way]) -> Way | None:
@@ -427,9 +434,10 @@ def advice(found: Plan) -> Advice | None:
     if found.choice is None or found.choice.curve is None:
         return None
     first = found.choice
-    rivals = [w for w in found.best if w.works and w.curve and w.hardware.name != first.hardware.name]
-    told = [_advice(found, way, first, min(rivals, key=lambda w: _rank(w, True), default=None))
-            for way in (first, *(w for w in rivals if w.priced))]  # fmt: skip
+    rivals = [w for w in found.best
+              if w.works and w.curve and w.priced == first.priced and w.hardware.name != first.hardware.name]  # fmt: skip
+    nearest = min(rivals, key=_cost, default=None)
+    told = [_advice(found, way, first, nearest if way is first else way) for way in (first, *rivals)]
     best = max(told, key=lambda a: a.saves)
     return best if best.saves > WORTH else told[0]
 
@@ -443,14 +451,14 @@ def _advice(found: Plan, way: Way, first: Way, rival: Way | None) -> Advice:
     share = 1 - (point.doubt_after / point.doubt) ** 2 if point.doubt > 0 else 0.0
     speed = way.tokens_per_s
     spread = math.log(speed.high / speed.low) / (2 * NormalDist().inv_cdf(0.95)) * math.sqrt(max(share, 0.0))
-    apart = math.log(_cost(rival if way is first and rival else way) / _cost(first)) if rival else math.inf
-    saves = _regret(apart, spread)
-    if way is first and way.hoped_tokens_per_s > 0:
-        saves += share * (1 - speed.value / way.hoped_tokens_per_s)
-    return Advice(way, point, metric, saves)
+    gain = _regret(math.log(_cost(rival) / _cost(first)), spread) if rival else 0.0
+    if way is first and way.hoped:
+        gain += share * math.log(way.hoped_tokens_per_s / speed.value)
+    return Advice(way, point, metric, 1 - math.exp(-gain))
 
 
 def _cost(way: Way) -> float:
+    """What a token costs: in dollars, or where nothing has a price in accelerators' seconds."""
     known = way.usd_per_million.value
     return known if math.isfinite(known) else way.tp / way.tokens_per_s.value
 

@@ -80,7 +80,8 @@ def limit(way: Way) -> str:
 
 def limit_and_binds(way: Way) -> str:
     """ "Compute: ITL p95"; of a measured way only what stopped it, its cause is not known."""
-    return f"{limit(way)}: {binds(way)}" if way.limit else limit(way)
+    told = f"{limit(way)}: {binds(way)}" if way.limit else limit(way)
+    return f"may meet; {told}" if way.state == "may meet" else told
 
 
 def largest_term(way: Way) -> str:
@@ -200,7 +201,7 @@ def measure(found: Plan, told: Advice | None) -> str:
     way, point = told.way, told.point
     where = "" if way is found.choice else " (not the choice above, but the one that might yet beat it)"
     what_time = {"ttft_s": "TTFT", "itl_s": "ITL", "e2e_s": "end-to-end time"}[told.metric]
-    now, then = (units.percent(1.645 * v, 2) for v in (point.doubt, point.doubt_after))
+    now, then = (_doubt(v) for v in (point.doubt, point.doubt_after))
     gain = (
         f"that is worth {units.percent(told.saves, 2)} of the cost"
         if told.saves > planning.WORTH
@@ -208,8 +209,16 @@ def measure(found: Plan, told: Advice | None) -> str:
     )
     return (
         f"Measure {way.tp} × {way.hardware.name}{where} at batch {units.count(point.batch)} in {way.dtype}: from one server to "
-        f"another its {what_time} differs by ±{now} (90 %), after that measurement by ±{then}; {gain}."
+        f"another its {what_time} differs by {now} (90 %), after that measurement by {then}; {gain}."
     )
+
+
+def _doubt(spread: float) -> str:
+    """90 % of a logarithm's spread, in words."""
+    most = math.expm1(1.645 * spread)
+    if most < 1:
+        return f"±{units.percent(most, 2)}"
+    return f"up to {units.ratio(1 + most, 2)} either way" if most < 9 else "more than 10× either way"
 
 
 def command_of(found: Plan, told: Advice) -> str:

@@ -26,6 +26,7 @@ from harness import units, yaml_lines
 from harness.arrivals import ARRIVALS
 from harness.endings import is_secret
 from harness.records import RidgelineError
+from harness.theory.dtypes import stated
 from harness.yaml_lines import Lines, dotted
 
 
@@ -44,6 +45,17 @@ class Places:
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.where}:{self.lines[path]}" if path in self.lines else self.where
+
+
+def _dtype(value: str | None) -> str | None:
+    """The name that theory computes with, for any usual spelling; None where it says nothing ("auto")."""
+    try:
+        return stated(value)
+    except RidgelineError as problem:
+        raise ValueError(str(problem)) from None
+
+
+Dtype = Annotated[str | None, AfterValidator(_dtype)]
 
 
 def _written(kind: str) -> BeforeValidator:
@@ -308,9 +320,9 @@ class Theory(Part):
     """A row of the hardware table, or `machine` for this one as `ridgeline machine` measured it."""
     model_config_path: str | None = Field(default=None, alias="model_config")
     """A config.json, the folder that holds it, or a GGUF file; default: the served model's own."""
-    dtype: str | None = None
+    dtype: Dtype = None
     """Precision of the weights where the configuration does not tell (fp16, bf16, fp8, int8, int4 …)."""
-    kv_dtype: str | None = None
+    kv_dtype: Dtype = None
     """Precision of the KV cache."""
     tp: Annotated[int, Field(ge=1, le=1024)] = 1
     """Accelerators that share each layer."""

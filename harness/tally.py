@@ -93,6 +93,7 @@ class Trial:
         self.mode = mode
         self.times: list[tuple[Floats, Floats, Ints]] = []  # begun, last token, wave
         self.windows: metrics.Windows | None = None
+        self.edges: Floats = np.empty((0, 2))  # the same as an array
         self.means = {metric.name: Mean() for metric in METRICS}
         self.inside: Counter[str] = Counter()
 
@@ -102,11 +103,12 @@ class Trial:
         last_s = np.where(np.isnan(t.last_token_s), t.sent_s, t.last_token_s)
         self.times.append((begun_s, last_s, t.wave.astype(np.int32) if self.mode == "wave" else t.wave[:0]))
 
-    def settle(self, slots: int) -> metrics.Windows:
+    def settle(self, slots: int) -> Floats:
         if self.windows is None:
             begun_s, last_s, wave = (np.concatenate(part) for part in zip(*self.times, strict=True))
             self.windows, self.times = metrics.steady_window(begun_s, last_s, wave, self.mode, slots), []
-        return self.windows
+            self.edges = np.array(self.windows).reshape(-1, 2)
+        return self.edges
 
     def rates(self) -> dict[str, float]:
         """Tokens and requests per second inside the windows."""

@@ -181,7 +181,14 @@ def one_by_one(rate: float, service_s: float, play: Play, rng: np.random.Generat
 
 def tail_of_md1(load: float, times_service: float) -> float:
     """P(wait > t) of M/D/1, t in service times.  Erlang 1909: P(wait <= t) = (1 - load) * sum over k <= t of
-    (load·(k - t))^k / k! · exp(load·(t - k))."""
+    (load·(k - t))^k / k! · exp(load·(t - k)).  Its terms cancel for a long wait; there the tail is exponential (Cramér):
+    (1 - load) / (load·e^θ - 1) · e^(-θt) with load·(e^θ - 1) = θ."""
+    if times_service > 6:
+        low, high = 1e-9, 50.0
+        for _ in range(100):
+            theta = (low + high) / 2
+            low, high = (theta, high) if load * math.expm1(theta) < theta else (low, theta)
+        return (1 - load) / (load * math.exp(low) - 1) * math.exp(-low * times_service)
     terms = [(load * (k - times_service)) ** k / math.factorial(k) * math.exp(load * (times_service - k))
              for k in range(math.floor(times_service) + 1)]  # fmt: skip
     return 1 - (1 - load) * sum(terms)
@@ -191,6 +198,7 @@ def test_the_formula_for_the_queue_agrees_with_a_queue() -> None:
     t = one_by_one(7.0, 0.1, Play(2000, 60_000), np.random.default_rng(3))
     waited = np.array(t.first_token_s - t.scheduled_s - 0.1)[2000:]
     assert float(np.mean(waited > 0.3)) == pytest.approx(tail_of_md1(0.7, 3.0), rel=0.1)
+    assert tail_of_md1(0.8, 6.0) == pytest.approx(tail_of_md1(0.8, 6.0 + 1e-9), rel=0.01)
 
 
 def rate_of_md1(service_s: float, bound_s: float) -> float:

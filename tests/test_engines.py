@@ -462,6 +462,7 @@ def wheel(folder: Path, name: str, version: str, needs: str = "") -> None:
         file.writestr(f"{info}/RECORD", "")
 
 
+@pytest.mark.full
 def test_a_gpu_build_of_torch_is_refused_by_name_before_it_is_installed(tmp_path: Path) -> None:
     wheel(tmp_path, "torch", "2.13.0", "Requires-Dist: nvidia-cublas==13.0; platform_system == 'Linux'\n")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PIP_") and k != "TORCH_INDEX"}

@@ -24,11 +24,11 @@ from tests.conftest import ROOT
 from tests.faults import BY_NAME, CANARY, FAULTS, PROMPT_TOKENS, TOKENS, Fault
 
 REQUESTS, IN_FLIGHT = 20, 8
-SHORT = Timers(connect_s=5.0, first_token_s=0.8, idle_s=0.8, total_s=2.0)  # for silence
+SHORT = Timers(connect_s=5.0, first_token_s=0.6, idle_s=0.6, total_s=1.5)  # for silence
 LONG = Timers(
     connect_s=5.0, first_token_s=10.0, idle_s=10.0, total_s=20.0
 )  # for floods, on a machine that is not quiet
-MIXED = Timers(connect_s=5.0, first_token_s=3.0, idle_s=3.0, total_s=6.0)
+MIXED = Timers(connect_s=5.0, first_token_s=2.0, idle_s=2.0, total_s=4.0)
 STALLED = ("http-500-stall", "bad-chunk")  # known to be failures, yet nothing more comes
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import metrics, stats
@@ -137,6 +137,7 @@ def test_a_spread_too_large_to_keep_is_within_a_fortieth_of_a_percent(values: li
         assert lower * (1 - 1e-6) <= kept.quantiles(q)[0] <= upper * (1 + 1e-6)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.sampled_from(["wave", "closed", "open"]), st.integers(1, 4), st.randoms())
 def test_a_point_cut_into_blocks_gives_the_figures_of_the_whole(n: int, mode: str, per_event: int, luck: Any) -> None:
     rows = [steady(i, i // 2 + luck.random(), 0.05 + luck.random(), 0.01, 12, per_event=luck.choice([1, per_event]),

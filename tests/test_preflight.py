@@ -30,6 +30,10 @@ def said_of(tmp_path: Path, text: str, **flags: Any) -> str:
     ("workload:\n  input_tokens: {file: no.csv}", "s.yaml:2: workload.input_tokens.file: no.csv: cannot be read"),
     ("workload:\n  mode: open\n  trace: no.csv", "s.yaml:3: workload.trace: no.csv: cannot be read"),
     ('workload:\n  prompts: "\\0"', "s.yaml:2: workload.prompts: "),
+    ("theory:\n  dtype: banana", "s.yaml:2: theory.dtype: dtype 'banana' is not known; use one of fp32"),
+    ("theory:\n  tp: 1\n  kv_dtype: 9bit", "s.yaml:3: theory.kv_dtype: dtype '9bit' is not known"),
+    ("theory:\n  calibration: no.json", "s.yaml:2: theory.calibration: calibration no.json: No such file"),
+    ("theory:\n  calibration: s.yaml", "s.yaml:2: theory.calibration: "),
     ("engine:\n  url: ftp://h", "s.yaml:2: engine.url: got 'ftp://h'; give http://HOST:PORT"),
     ("engine:\n  url: http://me:pass@h", "s.yaml:2: engine.url: holds a user, password"),
     ("variants:\n  a:\n    url: http://h:x", "s.yaml:3: variants.a.url: got 'http://h:x'"),
@@ -38,6 +42,12 @@ def test_a_file_or_address_that_is_wrong_is_named_by_key_and_line(text: str, sai
     found = said_of(tmp_path, text)
     assert found.startswith(said)
     assert "pass" not in found.replace("password", "")
+
+
+def test_a_dtype_may_be_spelt_as_tables_and_engines_do(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("theory: {dtype: torch.bfloat16, kv_dtype: auto}")
+    theory = command.planned(tmp_path / "s.yaml", {}).theory
+    assert (theory.dtype, theory.kv_dtype) == ("bf16", None)
 
 
 def test_what_an_option_has_set_is_not_blamed_on_the_file(tmp_path: Path) -> None:

@@ -334,7 +334,21 @@ def test_the_page_of_promises_names_tests_that_exist() -> None:
 
 def test_what_was_said_is_not_kept(rig: str, ridgeline: Run, tmp_path: Path) -> None:
     assert (
-        ridgeline("run", "--url", rig + "/ok", "--input-tokens", "64", "--output-tokens", "8", "--out", "it").returncode
+        ridgeline(
+            "run",
+            "--url",
+            rig + "/ok",
+            "--input-tokens",
+            "64",
+            "--output-tokens",
+            "8",
+            "--batch-sizes",
+            "2",
+            "--waves",
+            "1",
+            "--out",
+            "it",
+        ).returncode
         == 0
     )
     opening = b"word word"  # the answers' own text

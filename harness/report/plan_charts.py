@@ -118,7 +118,9 @@ def over_batch(found: Plan, objective: Objective) -> Figure | None:
     bound = {"type": "scatter", "mode": "lines", "name": charts.inert(f"objective {units.seconds(objective.bound_s)}"),
              "x": [0.9, 10**top], "y": [factor * objective.bound_s] * 2, "hoverinfo": "skip",
              "line": {"color": charts.colour("invalid"), "width": 1.6, "dash": "dot"}}  # fmt: skip
-    largest = max(y for trace in data for y in trace["y"] if y is not None and math.isfinite(y))
+    largest = max((y for trace in data for y in trace["y"] if math.isfinite(y)), default=math.nan)
+    if math.isnan(largest):  # one output token has no time between tokens
+        return None
     up = charts.axis(
         f"{planning_text.label(objective.name)}, {unit}",
         range=[0, factor * objective.bound_s * 1.08 * min(max(largest / factor / objective.bound_s, 1), 4)],

@@ -206,10 +206,10 @@ def _method(found: Plan) -> list[str]:
         "Each way is a hardware, a precision of the weights and a split (tp); each is predicted at every batch from 1 to the "
         f"largest whose KV cache fits (at most {planning.MOST_SEQUENCES:,}), with that many requests kept in flight.",
         "The planned batch gives the most tokens/s among those at which even the upper ends of the 90 % intervals meet every "
-        "objective: nine of ten public measurements lay within such intervals.",
-        "The p-th percentile of ITL is a decoding step lengthened by as many prompts of other requests as fall into it (Poisson); "
-        "that of TTFT adds a step that already runs and the queue of prompts. Their intervals are those of the means: no public "
-        "table has percentiles to hold them against.",
+        "objective: about nine of ten public measurements lay within such intervals.",
+        "A percentile of ITL is a decoding step lengthened by as many prompts of other requests as fall into it (a Markov chain of "
+        "Poisson arrivals); that of TTFT adds a step that already runs and the queue of prompts. Their shape was held against a "
+        "simulation event by event; their intervals are those of the means, as no public table has percentiles.",
         f"Costs are of hardware kept busy at the planned batch; a month has {planning.HOURS_A_MONTH:.0f} hours. With a rate they are "
         "of the replicas that it takes, busy or not. Power, network, people and spare replicas are not in them.",
         "fp8 is offered where the hardware has such matrix units; int4 is weight-only (as GPTQ and AWQ have it) and multiplied in "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from harness.report import view
+from harness.report import decision, view
 from harness.report.view import RunView
 
 
@@ -26,6 +27,8 @@ def _repeat(run: RunView, name: str) -> dict[str, Any]:
         ("State", view.text(run.summary, "state")),
         ("Seed", view.text(run.run, "seed")),
         ("Python", view.text(run.run, "python")),
+        ("Objective", view.text(run.summary, "worth", "slo")),
+        ("Price", _price(run)),
     ]
     groups = [
         (title, flat(redacted(view.child(data, key))))
@@ -46,6 +49,12 @@ def _repeat(run: RunView, name: str) -> dict[str, Any]:
         "scenario": view.shorten(_pretty(scenario), 20_000) if scenario else "",
         "log": _tail(run.engine_log_tail),
     }
+
+
+def _price(run: RunView) -> str:
+    """What an hour was taken to cost, and where that is from."""
+    price, many, source = decision.price(run)
+    return f"{decision.usd(price)} an hour for each of {many} ({source})" if math.isfinite(price) else ""
 
 
 def _pretty(value: Any, indent: str = "") -> str:

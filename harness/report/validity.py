@@ -36,7 +36,7 @@ ASKED = {
     "V023": "Every answer ended as it should",
     "V024": "The figures are our own, not another tool's",
     "V025": "The imported file agrees with itself",
-    "V026": "Every request that was planned was sent and ended",
+    "V026": "All requests planned were sent and ended",
 }
 MOST = 24
 

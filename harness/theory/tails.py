@@ -1,17 +1,15 @@
 """Percentiles under load, from the terms of a mean: what a user's objective names is seldom the mean.
 
-A gap between two tokens is a step of the engine, lengthened by the prompts that are prefilled in it.  Others' prompts
-arrive independently, so their number in a step is Poisson; the engine's chunk bounds it.  A first token waits for the
-step that runs (anywhere in it with equal chance) and for prompts before it: as at any queue with a load p below 1, not
-at all with probability 1 - p, and else about exponentially (exact for M/M/1, an upper bound in the tail of M/D/1).
-The quantiles of independent parts are added, which errs to the safe side.  No public table of measurements has
-percentiles, so the shape of these tails is not validated as the means are.
+A gap between two tokens is a step of the engine, lengthened by the prompts of others that are prefilled in it; how many,
+see `prompts_in_a_step`.  A first token waits for the step that runs (anywhere in it with equal chance) and for prompts
+before it: as at any queue with a load p below 1, not at all with probability 1 - p, and else about exponentially (exact
+for M/M/1).  The quantiles of these parts are added.  No public table of measurements has percentiles: the shape of these
+tails is held against a simulation of such an engine, event by event, with Poisson arrivals (tests/test_planning.py).
 """
 
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -21,25 +19,34 @@ from harness.theory.roofline import Terms
 from harness.theory.sweep import Sweep
 
 Array = npt.NDArray[np.float64]
-LARGE = 100  # a Poisson law of this mean is normal to a unit
+LARGE = 64  # most prompts that are told apart in a step
+GUARD = (
+    0.1  # share of the gaps allowed beyond a percentile that is kept back: it jumps by whole prompts, and what is in
+)
+# flight fluctuates
+SETTLED = 25  # steps after which the number of prompts has forgotten where it began
 METRICS = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
 
 
-def poisson_quantile(mean: Array, share: float) -> Array:
-    """The smallest k with P(X <= k) >= share, elementwise; by the normal law where the mean is large."""
-    mean = np.asarray(mean, dtype=np.float64)
-    large = mean > LARGE
-    small = np.where(large, 0.0, mean)
-    k, chance = np.zeros_like(small), np.exp(-small)
-    reached = chance.copy()
-    for _ in range(20 * LARGE):  # beyond any quantile: what is left is rounding
-        short = reached < share
-        if not np.any(short):
-            break
-        k = np.where(short, k + 1, k)
-        chance = np.where(short, chance * small / np.maximum(k, 1), chance)
-        reached = np.where(short, reached + chance, reached)
-    return np.where(large, np.ceil(mean + NormalDist().inv_cdf(share) * np.sqrt(mean)), k)
+def prompts_in_a_step(rate: Array, plain_s: Array, each_s: Array, most: Array, share: float) -> Array:
+    """Quantile of how many prompts a step prefills, where `rate` of them come a second, a step without any takes
+    `plain_s`, each lengthens it by `each_s` and `most` fit.  float[n] each.
+
+    A step takes those that came during the step before it, so a long step is followed by one with more prompts: the
+    number is a Markov chain whose next value is Poisson with the mean rate · (plain + number · each).
+    """
+    mean = rate * plain_s / np.maximum(1 - rate * each_s, 0.05)
+    top = int(min(most.max(), LARGE, np.ceil(mean.max() + 6 * np.sqrt(mean.max()) + 4)))
+    k = np.arange(top + 1.0)
+    came = (rate[:, None] * (plain_s[:, None] + k * each_s[:, None]))[:, :, None]  # n, in the step before, in this one
+    logs = np.r_[0.0, np.cumsum(np.log(np.arange(1, top + 1)))]
+    step = np.exp(k * np.log(np.maximum(came, 1e-300)) - came - logs)
+    step[:, :, -1] += np.maximum(1 - step.sum(axis=2), 0.0)  # the rest waits for the next step
+    found = step[:, 0]
+    for _ in range(SETTLED):
+        found = np.einsum("nj,njk->nk", found, step)
+    reached = np.argmax(np.cumsum(found, axis=1) >= min(share, 1 - 1e-9), axis=1)
+    return np.asarray(np.minimum(reached, most), dtype=np.float64)
 
 
 def wait_factor(load: Array, share: float) -> Array:
@@ -62,7 +69,9 @@ def terms_at(found: Sweep, metric: str, share: float) -> Terms:
     if math.isnan(share) or metric == "tpot_s":
         return terms
     if metric == "ttft_s":
-        own = np.asarray(sum(v for name, v in terms.items() if not name.startswith("waiting")))
+        s = found.setup
+        before = s.framework.request_s * s.factors.request  # until its first pass; others are not held up by it
+        own = np.asarray(sum(v for name, v in terms.items() if not name.startswith("waiting"))) - before
         load = found.columns["output_tokens_per_s"].value / found.output_tokens * own
         terms["waiting for a step"] = 2 * share * terms["waiting for a step"]
         terms["waiting for prefills"] = wait_factor(load, share) * terms["waiting for prefills"]
@@ -70,9 +79,16 @@ def terms_at(found: Sweep, metric: str, share: float) -> Terms:
     passes = passes_for(found.setup, found.input_tokens)
     mean = (found.running - 1) / found.output_tokens * passes
     most = np.maximum(1.0, np.floor(found.setup.framework.chunk * passes / found.input_tokens))
-    each = terms["prefills of others"] / np.maximum(mean, 1e-300)
-    terms["prefills of others"] = np.minimum(poisson_quantile(mean, share), most) * each
+    each = _each(terms["prefills of others"], mean)
+    plain = np.asarray(sum(v for name, v in terms.items() if name != "prefills of others"))
+    rate = found.columns["output_tokens_per_s"].value / found.output_tokens * passes * (found.running > 1)
+    terms["prefills of others"] = prompts_in_a_step(rate, plain, each, most, 1 - (1 - GUARD) * (1 - share)) * each
     return terms
+
+
+def _each(together: Array, mean: Array) -> Array:
+    """What one prompt adds to a step, from what `mean` of them add; of a request alone, as of the next batch."""
+    return np.where(mean > 0, together / np.maximum(mean, 1e-300), 0.0)
 
 
 def _first(name: str) -> str:

@@ -27,8 +27,8 @@ needs_vllm = pytest.mark.skipif(not VLLM.exists(), reason="no .venv-vllm here: `
 @needs_llama
 def test_the_command_measures_real_llama_cpp_beside_theory(ridgeline: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(
-        f"engine: {{kind: llama.cpp, model: smollm2-135m, python: {LLAMA}, slots: 2}}\n"
-        "workload: {batch_sizes: [1, 2], waves: 1, warmup: 0, output_tokens: 24}\n"
+        f"engine: {{kind: llama.cpp, model: smollm2-135m, python: {LLAMA}, slots: 2, threads: 1}}\n"
+        "workload: {batch_sizes: [1, 2], waves: 1, warmup: 0, input_tokens: 96, output_tokens: 16}\n"
         "theory: {hardware: row.json}\n"
     )
     row = {"name": "two cores", "vendor": "any", "flops": {"fp32": 2e11}, "mem_bytes": 16e9, "bytes_per_s": 4e10,
@@ -39,7 +39,7 @@ def test_the_command_measures_real_llama_cpp_beside_theory(ridgeline: Callable[.
     found = one_object(done.stdout)
     assert found["engine"] == "llama.cpp" and found["model"] == "smollm2-135m"
     for point in found["points"]:
-        assert (point["input_tokens"], point["output_tokens"], point["errors"]) == (350, 24, 0)
+        assert (point["input_tokens"], point["output_tokens"], point["errors"]) == (96, 16, 0)
         assert 0 < point["ttft_ms"]["mean"] < point["e2e_ms"]["mean"]
         assert point["predicted"]["itl_ms"] < point["itl_ms"]["mean"]
         assert point["predicted"]["limit"] in ("memory_bandwidth", "compute")

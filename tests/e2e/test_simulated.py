@@ -48,6 +48,14 @@ def test_the_law_of_the_simulator_is_recovered(simulated: Callable[..., str], ri
     assert d == pytest.approx(0.5, rel=0.1)
 
 
+def test_a_closed_loop_ends_with_its_duration(simulated: Callable[..., str], ridgeline: Run) -> None:
+    """Its plan has no end of its own: none is asked for more once the time is over."""
+    done = ridgeline(*fast(simulated(*LAW), "--mode", "closed", "--batch-sizes", "2,4", "--duration", "0.5s", "--json"),
+                     timeout=40)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all(p["errors"] == 0 and p["requests"] >= p["batch_size"] for p in one_object(done.stdout)["points"])
+
+
 def test_json_is_one_object_with_every_promised_figure(
     simulated: Callable[..., str], ridgeline: Run, tmp_path: Path
 ) -> None:
@@ -210,10 +218,8 @@ def test_errors_are_counted_by_class_and_set_the_exit_code(simulated: Callable[.
     assert found["points"][0]["verdict"] == "invalid" and found["points"][0]["ttft_ms"]["mean"] is None
 
 
-def test_help_and_version_are_quick_and_plain(tmp_path: Path) -> None:
-    """In a Python of its own, as a user starts it."""
+def test_help_and_version_are_quick_and_plain(ridgeline_anew: Run) -> None:
     for arguments in (["run", "--help"], ["--version"]):
-        done = subprocess.run([sys.executable, "-m", "harness", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-        assert done.stdout and not done.stderr
+        done = ridgeline_anew(*arguments)
+        assert done.returncode == 0 and done.stdout and not done.stderr
     assert "ridgeline 0." in done.stdout
