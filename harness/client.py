@@ -228,6 +228,9 @@ def _unreachable(url: str, problem: BaseException, waited_s: float = FIRST_S) ->
                               "authority of your own by SSL_CERT_FILE", 6)  # fmt: skip
     if isinstance(problem, TimeoutError):
         return RidgelineError(f"{url}: no answer within {waited_s:g} s; is the server up and not overloaded?", 6)
+    if isinstance(problem, aiohttp.ClientResponseError):
+        said = problem.message.split("\n")[0].rstrip(" :")
+        return RidgelineError(f"{url}: what answers there is no HTTP/1.1 ({said}); is this the server's HTTP port?", 6)
     said = str(getattr(problem, "os_error", None) or problem) or type(problem).__name__
     return RidgelineError(f"{url}: not reachable ({said}); is the server up, and are host and port right?", 6)
 
@@ -261,7 +264,9 @@ def _again(response: aiohttp.ClientResponse) -> str:
 def local_model_path(entry: dict[str, Any], props: dict[str, Any]) -> str | None:
     """The served model's own folder or file, if the server says where it is and that is on this machine."""
     for found in (entry.get("root"), props.get("model_path")):
-        if isinstance(found, str) and found.startswith("/") and Path(found).exists():
+        if (
+            isinstance(found, str) and found.startswith("/") and os.path.exists(found)
+        ):  # whatever the server calls a path
             return found
     return None
 

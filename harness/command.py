@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from harness import baseline, capacity_answer, redaction, store, summary, units
+from harness.places import Places
 from harness.progress import Progress
 from harness.records import RidgelineError, Table
-from harness.scenario import SEARCHED, Places, Scenario, load, validate
+from harness.scenario import SEARCHED, Scenario, load, validate
 from harness.theory.calibration import from_dict
 from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict

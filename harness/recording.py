@@ -45,7 +45,12 @@ class Recorder:
             pipe = process.stdin.transport.get_extra_info("pipe")  # type: ignore[union-attr]
             fcntl.fcntl(pipe.fileno(), F_SETPIPE_SZ, 2**20)
         assert process.stdout is not None
-        await process.stdout.readline()  # a process that starts up would share the core with the first requests
+        try:
+            await process.stdout.readline()  # a process that starts up would share the core with the first requests
+        except asyncio.CancelledError:  # it must not make the journal of a run that is over
+            process.kill()
+            await process.wait()
+            raise
         return cls(process)
 
     async def _hear(self) -> None:

@@ -176,7 +176,7 @@ def _leave_nothing_empty(session: Session) -> None:
     """A run that failed before its first request leaves a folder only if an engine's log is in it."""
     if (session.folder / store.JOURNAL).exists() or (session.folder / "engine.log").exists():
         return
-    for name in ("scenario.yaml", ".lock"):
+    for name in ("scenario.yaml", store.RUN, ".lock"):
         with contextlib.suppress(OSError):
             (session.folder / name).unlink()
     with contextlib.suppress(OSError):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -25,26 +23,10 @@ from pydantic import (
 from harness import units, yaml_lines
 from harness.arrivals import ARRIVALS
 from harness.endings import is_secret
+from harness.places import TAGS, Places, explain
 from harness.records import RidgelineError
 from harness.theory.dtypes import stated
-from harness.yaml_lines import Lines, dotted
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where each key of a scenario stands.  No part of its value: two scenarios are equal wherever they were written."""
-
-    where: str = field(default="scenario", compare=False)
-    lines: Lines = field(default_factory=dict, compare=False)
-    options: frozenset[tuple[Any, ...]] = field(default=frozenset(), compare=False)  # keys that an option has set
-
-    def line_of(self, path: tuple[Any, ...]) -> str:
-        """`FILE:LINE` of the innermost key of the path that the file has, or what else has set it."""
-        if any(path[: len(key)] == key for key in self.options):
-            return "the options"
-        while path and path not in self.lines:
-            path = path[:-1]
-        return f"{self.where}:{self.lines[path]}" if path in self.lines else self.where
+from harness.yaml_lines import dotted
 
 
 def _dtype(value: str | None) -> str | None:
@@ -182,7 +164,6 @@ class Lengths(Part):
         return self
 
 
-TAGS = ("(number)", "(distribution)")
 # A number or a distribution: the tags keep the messages to the one that was meant.
 Length = Annotated[
     Annotated[Tokens, Tag(TAGS[0])] | Annotated[Lengths, Tag(TAGS[1])],
@@ -462,7 +443,7 @@ def validate(values: dict[str, Any], where: str, places: Places | None = None) -
     try:
         found = Scenario.model_validate(values)
     except ValidationError as problem:
-        raise RidgelineError(_explain(problem.errors(include_url=False)[0], places)) from None
+        raise RidgelineError(explain(problem.errors(include_url=False)[0], places, Scenario)) from None
     found._places = places
     return found
 
@@ -470,43 +451,6 @@ def validate(values: dict[str, Any], where: str, places: Places | None = None) -
 def schema() -> str:
     """The JSON Schema of a scenario, for editors."""
     return json.dumps(Scenario.model_json_schema(by_alias=True), indent=1, sort_keys=True)
-
-
-def _explain(error: Any, places: Places) -> str:
-    path = tuple(step for step in error["loc"] if step not in TAGS)
-    key, value = dotted(path), error.get("input")
-    said = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        said = _unknown_key(path)
-    elif error["type"] == "value_error":
-        if isinstance(value, dict) and ": " in said:  # a rule over several keys names the one to mend
-            key, _, said = f"{key}.{said}".partition(": ")
-    else:
-        said = f"got {_short(value)}; {said[:1].lower()}{said[1:]}"
-    return f"{places.line_of(path)}: {key}: {said}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _kinds(annotation: Any) -> list[Any]:
-    """The types inside a union, an Annotated or a list; else the type itself."""
-    inner = get_args(annotation)
-    return [kind for part in inner for kind in _kinds(part)] if inner else [annotation]
-
-
-def _unknown_key(path: tuple[Any, ...]) -> str:
-    part: Any = Scenario
-    for step in path[:-1]:
-        info = part.model_fields.get(step) if hasattr(part, "model_fields") else None
-        part = info.annotation if info else None
-        part = next((kind for kind in _kinds(part) if hasattr(kind, "model_fields")), None)
-    allowed = sorted(f.alias or n for n, f in part.model_fields.items()) if hasattr(part, "model_fields") else []
-    near = difflib.get_close_matches(str(path[-1]), allowed, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown key; {hint}known: {', '.join(allowed)}"
 
 
 def commented() -> str:

@@ -23,6 +23,9 @@ from harness.records import RidgelineError
 Ask = Callable[[str, int], Awaitable[int | None]]  # (prompt, output tokens) -> usage.prompt_tokens, or None
 
 
+MOST = 10**9  # a larger count is no count
+
+
 @dataclass(slots=True)
 class Counter:
     """`count` is tokens of a text by `source`; `ids` gives the tokens themselves where they are known."""
@@ -70,10 +73,13 @@ async def find(tokenizer: str | None, model_path: str | None, client: Client) ->
     for key, fixed in (("prompt", {"model": client.model}), ("content", {"add_special": True})):
         counter = _server(client, key, fixed)
         try:
-            if await asyncio.wait_for(counter.count("one two three"), GET_S) > 0:
+            few, many = [await asyncio.wait_for(counter.count(text), GET_S) for text in ("one two", "one two " * 9)]
+            if 0 < few < many:
                 return counter
-        except (RidgelineError, KeyError, TypeError, TimeoutError):
+        except RidgelineError:
             continue
+        except TimeoutError:  # it has no such path, and does not say so
+            break
     return Counter("usage", _never, "bisection on the server's usage")
 
 
@@ -89,8 +95,13 @@ async def no_answer(text: str, output_tokens: int) -> None:
 def _server(client: Client, key: str, fixed: dict[str, Any]) -> Counter:
     async def count(text: str) -> int:
         answer = await client.post("/tokenize", fixed | {key: text})
-        tokens = answer.get("count")
-        return int(tokens) if isinstance(tokens, int) else len(answer["tokens"])
+        said = answer if isinstance(answer, dict) else {}
+        tokens, ids = said.get("count"), said.get("tokens")
+        if type(tokens) is int and 0 <= tokens <= MOST:
+            return tokens
+        if isinstance(ids, list):
+            return len(ids)
+        raise RidgelineError(f"{client.target.url}/tokenize: tells no count of tokens; give --tokenizer", 6)
 
     return Counter("server", count, f"{client.target.url}/tokenize")
 

@@ -13,6 +13,7 @@ PURE = [
     "units",
     "scenario",
     "yaml_lines",
+    "places",
     "arrivals",
     "lengths",
     "prompts",

@@ -44,8 +44,8 @@ def test_a_rate_is_the_third_best_of_its_turns() -> None:
         time.sleep(next(slept))
         return 1.0
 
-    # After five turns the third best took 30 ms.
-    assert machine.best_rate([work], 0.14) == pytest.approx(1 / 0.03, rel=0.2)
+    # After four turns or five the third best took 30 ms, and not the 20 or the 50 of its neighbours.
+    assert 1 / 0.05 < machine.best_rate([work], 0.14) < 1 / 0.025
 
 
 def test_measured_rates_are_plausible() -> None:

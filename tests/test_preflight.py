@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
-from harness import command, preflight
+from harness import client, command, preflight, tokens
 from harness.records import RidgelineError
-from harness.wire import parse_url
+from harness.wire import Target, parse_url
 
 
 def said_of(tmp_path: Path, text: str, **flags: Any) -> str:
@@ -57,7 +60,7 @@ def test_what_an_option_has_set_is_not_blamed_on_the_file(tmp_path: Path) -> Non
     assert said_of(tmp_path, text, engine={"url": "ftp://x"}).startswith("the options: engine.url: ")
     # A rule over several keys is of the file's part as much as of the option's.
     assert said_of(tmp_path, text, workload={"mode": "closed"}).startswith(
-        "s.yaml:1: workload.waves: belongs to mode wave"
+        "s.yaml:3: workload.waves: belongs to mode wave"
     )
 
 
@@ -90,6 +93,64 @@ def test_a_rate_limit_before_the_run_says_when_to_come_again(
     done = ridgeline("run", "--url", f"{rig}/first-http-429-later")
     assert done.returncode == 6 and done.stderr.count("error: ") == 1
     assert "ended as http_429: slow down (Retry-After: 1); the server limits how much may be asked" in done.stderr
+
+
+@pytest.fixture
+def odd() -> Iterator[Callable[[bytes], Target]]:
+    """serve(bytes) -> a server that answers all that comes with them."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    answer = b""
+
+    def handle() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                there, _ = listening.accept()
+                there.recv(65536)
+                there.sendall(answer)
+                there.close()
+
+    def serve(said: bytes) -> Target:
+        nonlocal answer
+        answer = said
+        return parse_url(f"http://127.0.0.1:{listening.getsockname()[1]}")
+
+    threading.Thread(target=handle, daemon=True).start()
+    yield serve
+    listening.shutdown(socket.SHUT_RDWR)
+    listening.close()
+
+
+def page(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+@pytest.mark.parametrize("said", [b"[1]", b"null", b"5", b"{}", b'{"count": true}', b'{"count": -5}', b'{"count": 1e3}', b'{"tokens": "abc"}',
+                                  b'{"count": 1000000000000}', b'{"count": 350}', b'{"tokens": []}', b"rubbish"])  # fmt: skip
+def test_a_server_that_counts_no_tokens_is_not_asked_to(said: bytes, odd: Callable[[bytes], Target]) -> None:
+    async def found() -> tokens.Counter:
+        target = odd(page(said))
+        async with client.session(target) as http:
+            return await tokens.find(None, None, client.Client(target, http))
+
+    assert asyncio.run(found()).source == "usage"
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: zz\r\n\r\n"])
+def test_what_is_no_http_is_said_in_one_line(answer: bytes, odd: Callable[[bytes], Target]) -> None:
+    async def ask() -> None:
+        target = odd(answer)
+        async with client.session(target) as http:
+            await client.Client(target, http).find_model(None)
+
+    with pytest.raises(
+        RidgelineError, match=r"what answers there is no HTTP/1\.1 \([^\n]+\); is this the server's HTTP port\?$"
+    ):
+        asyncio.run(ask())
+
+
+def test_a_path_that_a_server_made_up_is_nowhere_here() -> None:
+    for root in ("/" + "a" * 5000, "/\0", "relative", 7, None):
+        assert client.local_model_path({"root": root}, {}) is None
 
 
 def test_what_needs_no_model_has_one_time_for_all() -> None:

@@ -45,6 +45,8 @@ def test_the_standard_is_350_in_150_out_at_batch_1_to_256() -> None:
         ("workload:\n  batch_sizes: []", "f.yaml:2: workload.batch_sizes: got []"),
         ("workload: {output_tokens: 0}", "f.yaml:1: workload.output_tokens: got 0"),
         ("workload:\n  mode: open", "f.yaml:1: workload.rates: mode open needs at least one rate"),
+        ("name: a\nworkload:\n  mode: closed\n  waves: 2", "f.yaml:4: workload.waves: belongs to mode wave"),
+        ("capacity: {max_points: 5}\nworkload:\n  mode: wave", "f.yaml:3: workload.mode: a search needs closed"),
         ("workload: {rates: [1]}", "workload.rates: belongs to mode open"),
         ("workload: {batch_sizes: [2, 2]}", "batch_sizes: holds a value twice"),
         ("workload: {waves: 2, requests: 3}", "waves and requests: give one of them"),

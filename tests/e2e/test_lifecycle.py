@@ -173,6 +173,18 @@ def test_a_second_signal_ends_at_once_and_the_journal_is_the_result(rig: str, tm
     assert done.returncode == 0 and json.loads((tmp_path / "it" / store.SUMMARY).read_text())["state"] == "interrupted"
 
 
+def test_a_signal_as_the_recorder_starts_leaves_no_half_of_a_run(rig: str, ridgeline: Run, tmp_path: Path) -> None:
+    process = started(tmp_path, *options(rig + "/ok", "--batch-sizes", "4"))
+    wait_until((tmp_path / "it" / store.RUN).exists, "it did not start")
+    process.send_signal(signal.SIGINT)
+    code, said = end(process)
+    assert code == 130, said
+    if (tmp_path / "it").exists():  # the recorder was there already
+        assert (tmp_path / "it" / "scenario.yaml").exists() and ridgeline("report", "it").returncode == 0
+    else:
+        assert "stopped before the first request" in said
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_run_that_outlasts_its_time_is_stopped_and_kept(
