@@ -7,7 +7,7 @@ BIN := .venv/bin
 export TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help install llama quickstart vllm vllm-engine peers test test-full test-vllm lint bench clean
+.PHONY: help install llama quickstart vllm vllm-engine peers test test-full test-vllm lint bench example gallery clean
 
 help:  ## these targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,17 @@ lint: .venv/.stamp-dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gallery: .venv/.stamp-dev  ## the example page and the README's pictures, anew from the stored run
+	$(BIN)/ridgeline report results/reference/example --slo ttft_p50=1s,itl_p50=50ms --price 0.10/h -o reports/example.html
+	$(BIN)/python -m tests.gallery shoot reports/example.html reports
+
+example: vllm-engine  ## measure that run anew (vLLM on this machine's CPU; on a quiet machine)
+	rm -rf build/example
+	$(BIN)/ridgeline run scenarios/vllm-cpu.yaml --trials 3 --no-report --out build/example
+	$(BIN)/ridgeline report build/example -o build/example/report.html
+	$(BIN)/python -m tests.gallery share build/example
+	rm -rf results/reference/example && mkdir -p results/reference && mv build/example results/reference/
 
 peers: install  ## guidellm and aiperf, for `make bench`
 	@$(BIN)/python -m harness.setup_engine peers

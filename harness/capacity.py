@@ -26,6 +26,9 @@ LEAST_SD = 0.002  # of a measured latency, whatever its own interval says
 DRAWS = 400
 LOOKS = 3  # long points at the edge of an open loop: one tail of a queue is a matter of luck, and so is its interval
 NEAR = 0.7  # logarithm of value / bound within which a point is at the edge
+SHORT = (
+    0.4  # of a latency in a short look at an open loop, which may have ended before the queue was as long as it gets
+)
 MISFIT = 0.05  # of a latency, between the line and the truth
 QUEUE, FAILED = "queue", "failed requests"
 MOST = {"open": 20_000.0, "closed": 4096.0}
@@ -125,6 +128,7 @@ class Curve:
     excess: list[float] = field(default_factory=list)
     raw: list[float] = field(default_factory=list)  # before they were pooled
     sds: list[float] = field(default_factory=list)
+    full: list[bool] = field(default_factory=list)
 
 
 # --- where the edge is -----------------------------------------------------------------------------------------------
@@ -156,6 +160,7 @@ def curves(points: Sequence[Measured], noise: Floats | None = None) -> list[Curv
             curve.loads.append(point.load)
             curve.raw.append(reading.excess + shift)
             curve.sds.append(reading.sd)
+            curve.full.append(point.full)
     for curve in found.values():
         curve.excess = rising(curve.raw, [1 / sd**2 for sd in curve.sds])
     return list(found.values())
@@ -210,7 +215,7 @@ def _leant(curve: Curve, pole: float) -> float:
     near = np.abs(z) < NEAR  # a tail that happened to be calm also seems sure: what is sure is what they are on average
     if near.any():
         sds = np.where(near, np.maximum(sds, np.sqrt(np.mean(sds[near] ** 2))), sds)
-    vague = sds**2 + (0.4 * z) ** 2 + MISFIT**2
+    vague = sds**2 + (0.4 * z) ** 2 + MISFIT**2 + np.where(curve.full, 0.0, SHORT**2)
     steep = np.geomspace(1.0, 40.0, 48)[:, None]
     base, found = math.exp(curve.excess[0]), float(x[np.argmin(np.abs(z))])
     for _ in range(4):

@@ -22,7 +22,7 @@ from harness.scenario import SEARCHED, Scenario, load, validate
 from harness.theory.calibration import from_dict
 from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict
-from harness.theory.shape import Layers, Model
+from harness.theory.shape import PARTS, Layers, Model
 from harness.yaml_lines import MAX_BYTES
 
 RESULTS = Path("results")
@@ -268,7 +268,10 @@ def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress
 def model_from(data: Mapping[str, Any]) -> Model:
     """The Model that `dataclasses.asdict` wrote into run.json."""
     groups = tuple(Layers(**group) for group in data["groups"])
-    return Model(**{**data, "groups": groups, "notes": tuple(data["notes"])})
+    stored = (
+        data.get("stored_bytes") and dict.fromkeys(PARTS, 0.0) | data["stored_bytes"]
+    )  # of the first weeks: fewer parts
+    return Model(**{**data, "groups": groups, "notes": tuple(data["notes"]), "stored_bytes": stored})
 
 
 def _model(theory: Mapping[str, Any], engine: Mapping[str, Any]) -> Model:

@@ -268,7 +268,7 @@ def _way(found: Plan, way: Way) -> dict[str, Any]:
 def _advice(found: Plan, told: Advice) -> dict[str, Any]:
     return {
         "hardware": told.way.hardware.name, "dtype": told.way.dtype, "tp": told.way.tp, "batch": told.point.batch,
-        "input_tokens": found.load.input_tokens, "output_tokens": found.load.output_tokens, "metric": told.metric,
+        "input_tokens": told.point.input_tokens, "output_tokens": told.point.output_tokens, "metric": told.metric,
         "doubt": told.point.doubt, "doubt_after": told.point.doubt_after, "saves": told.saves,
         "because": planning_text.measure(found, told),
     }  # fmt: skip

@@ -447,7 +447,11 @@ def _advice(found: Plan, way: Way, first: Way, rival: Way | None) -> Advice:
     objective = next((o for o in found.objectives if o.name == way.binding), None)
     metric = {"ttft": "ttft_s", "e2e": "e2e_s"}.get(objective.metric, "itl_s") if objective else "itl_s"
     batches = [2**k for k in range(11) if 2**k <= len(way.curve.batch)]
-    point = design.surest(way.curve.found, metric, way.batch, batches, found.calibration)
+    known = found.calibration if _measured_before(found, way) else None
+    if cell := design.of_calibration(known.next_cell if known else None):
+        point, metric = cell, "e2e_s"  # what that very server would be surer by, given its cells
+    else:
+        point = design.surest(way.curve.found, metric, way.batch, batches, found.calibration)
     share = 1 - (point.doubt_after / point.doubt) ** 2 if point.doubt > 0 else 0.0
     speed = way.tokens_per_s
     spread = math.log(speed.high / speed.low) / (2 * NormalDist().inv_cdf(0.95)) * math.sqrt(max(share, 0.0))
@@ -455,6 +459,11 @@ def _advice(found: Plan, way: Way, first: Way, rival: Way | None) -> Advice:
     if way is first and way.hoped:
         gain += share * math.log(way.hoped_tokens_per_s / speed.value)
     return Advice(way, point, metric, 1 - math.exp(-gain))
+
+
+def _measured_before(found: Plan, way: Way) -> bool:
+    """Whether the calibration is of this very model and hardware."""
+    return found.calibration is not None and found.calibration.closeness(found.model, way.hardware) == "same"
 
 
 def _cost(way: Way) -> float:

@@ -207,9 +207,14 @@ def measure(found: Plan, told: Advice | None) -> str:
         if told.saves > planning.WORTH
         else "the choice itself would stay: no other hardware comes near enough"
     )
+    lengths = (point.input_tokens, point.output_tokens)
+    asked = (found.load.input_tokens, found.load.output_tokens)
+    other = "" if lengths == asked else f" with {units.count(lengths[0])} tokens in and {units.count(lengths[1])} out"
+    same = found.calibration and found.calibration.closeness(found.model, way.hardware) == "same"
+    since = "as calibrated" if same else "from one server to another"
     return (
-        f"Measure {way.tp} × {way.hardware.name}{where} at batch {units.count(point.batch)} in {way.dtype}: from one server to "
-        f"another its {what_time} differs by {now} (90 %), after that measurement by {then}; {gain}."
+        f"Measure {way.tp} × {way.hardware.name}{where} at batch {units.count(point.batch)}{other} in {way.dtype}: {since} its "
+        f"{what_time} differs by {now} (90 %), after that measurement by {then}; {gain}."
     )
 
 
@@ -223,7 +228,7 @@ def _doubt(spread: float) -> str:
 
 def command_of(found: Plan, told: Advice) -> str:
     """How to make that measurement and use it."""
-    way, asked = told.way, found.load
+    way, asked = told.way, told.point
     return (
         f"ridgeline run --url http://SERVER:8000 --hardware {way.hardware.name} --mode closed --batch-sizes "
         f"{told.point.batch} --input-tokens {asked.input_tokens} --output-tokens {asked.output_tokens}\n"

@@ -53,7 +53,7 @@ def recorded(count: int = 96, trials: int = 3, sizes: tuple[int, ...] = (1, 8, 3
              step_s: float = 7e-3, each_s: float = 1e-4, hardware: str | None = "H100-SXM-80GB", mode: str = "wave") -> RunView:  # fmt: skip
     """A run summarised from records that follow a law: waves of a batch, the first token after 20 ms and 0.1 ms for each
     in the batch, then `step_s` + `each_s` x batch from token to token; trial k is k permille slower; every 50th fails."""
-    tables = [_law(k, size, trial, count, step_s, each_s) for k, size in enumerate(sizes) for trial in range(trials)]
+    tables = [law(k, size, trial, count, step_s, each_s) for k, size in enumerate(sizes) for trial in range(trials)]
     sent = 0.0
     for t in tables:
         t.sent_s[:] += sent
@@ -75,7 +75,12 @@ def recorded(count: int = 96, trials: int = 3, sizes: tuple[int, ...] = (1, 8, 3
     return RunView(json.loads(json.dumps(store.clean(found))), run, LOG)
 
 
-def _law(point: int, size: int, trial: int, count: int, step_s: float, each_s: float) -> Table:
+def whole(each_s: float = 1e-4) -> RunView:
+    """A run that has something to say in every section of one run."""
+    return recorded(slo="ttft_p95=500ms,itl_p95=50ms", price="2/h", each_s=each_s)
+
+
+def law(point: int, size: int, trial: int, count: int, step_s: float, each_s: float) -> Table:
     records, slow = [], 1 + 1e-3 * trial
     took = 20e-3 + 1e-4 * size + 149 * (step_s + each_s * size)
     for i in range(count):
@@ -151,7 +156,7 @@ def hostile(text: str = HOSTILE) -> RunView:
 
 
 def corpus(first: int, view: RunView | None = None) -> RunView:
-    """The same with the texts of CORPUS in turn, from `first` on: over all of them each field has had each text."""
+    """The sample, or `view`, with the texts of CORPUS in turn, from `first` on: over all of them each field has had each."""
     turn = itertools.count(first)
     return _poisoned(lambda: CORPUS[next(turn) % len(CORPUS)], view)
 

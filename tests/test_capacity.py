@@ -19,7 +19,7 @@ import pytest
 from harness import capacity, capacity_answer, edge, scenario, slo, store
 from harness.capacity import Goal, Measured, Next, Reading
 from harness.records import NAN, Play, Record, RidgelineError, Table, table
-from harness.report import search
+from harness.report import decision, search
 from harness.report.view import RunView
 from tests.conftest import ROOT, one_object
 
@@ -227,7 +227,7 @@ def find_rate(seed: int, service_s: float, bound_s: float, max_time_s: float) ->
     return capacity.edge(points, goal), len(points)
 
 
-@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 40), marks=pytest.mark.full)], ids=["few", "many"])
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 26), marks=pytest.mark.full)], ids=["few", "many"])
 def test_the_rate_of_a_queue_of_known_tail_is_found(seeds: range) -> None:
     true = rate_of_md1(0.02, 0.1)
     found = [find_rate(seed, 0.02, 0.1, 900.0) for seed in seeds]
@@ -298,7 +298,7 @@ def held(found: subprocess.CompletedProcess[str], true: float, url: str) -> None
         pytest.skip(f"this machine is too busy: {said['sentence']}")
     with urllib.request.urlopen(f"{url}/__log__?events=0") as answer:
         kept = json.load(answer)["summary"]
-    if kept["late_mean_s"] > 0.001:
+    if kept["late_mean_s"] > 0.02 * min(r["bound"] for r in said["points"][0]["readings"]):
         pytest.skip(
             f"this machine is too busy: the simulator was late by {1000 * kept['late_mean_s']:.1f} ms on average"
         )
@@ -337,15 +337,15 @@ def test_a_search_that_was_stopped_says_what_it_knows_and_goes_on_and_its_run_is
 @pytest.mark.parametrize(
     ("server", "asked", "true"),
     [
-        # One request at a time of 20 ms: B of them are answered after B times that.
-        (("--ttft-base", "10ms", "--ttft-per-token", "0.2ms", "--slots", "1"),
-         ("--slo", "ttft_p95=850ms", "--input-tokens", "50", "--output-tokens", "1"), 42),
-        # ITL = 20 ms + 2 ms · B, and 90 ms are allowed.
-        (("--ttft-base", "100ms", "--itl-base", "20ms", "--itl-per-batch", "2ms"),
-         ("--slo", "ttft_p95=1s,itl_p90=91ms", "--input-tokens", "60", "--output-tokens", "20"), 35),
-        # 24 sequences of 120 tokens fit, of 3.05 s each; with B more than those, B · 127 ms are waited.
-        (("--ttft-base", "100ms", "--itl-base", "50ms", "--kv-tokens", "2900"),
-         ("--slo", "ttft_p95=200ms,itl_p90=90ms", "--input-tokens", "60", "--output-tokens", "60"), 24),
+        # One request at a time of 50 ms: B of them are answered after B times that.
+        (("--ttft-base", "40ms", "--ttft-per-token", "0.2ms", "--slots", "1"),
+         ("--slo", "ttft_p95=2.125s", "--input-tokens", "50", "--output-tokens", "1"), 42),
+        # ITL = 40 ms + 4 ms · B, and 180 ms are allowed.
+        (("--ttft-base", "200ms", "--itl-base", "40ms", "--itl-per-batch", "4ms"),
+         ("--slo", "ttft_p95=1s,itl_p90=182ms", "--input-tokens", "60", "--output-tokens", "10"), 35),
+        # 24 sequences of 80 tokens fit, of 3.15 s each; with B more than those, B · 131 ms are waited.
+        (("--ttft-base", "300ms", "--itl-base", "150ms", "--kv-tokens", "1950"),
+         ("--slo", "ttft_p95=400ms,itl_p90=250ms", "--input-tokens", "60", "--output-tokens", "20"), 24),
     ],
     ids=["prefill", "decode", "kv"],
 )  # fmt: skip
@@ -415,4 +415,17 @@ def test_the_exit_code_and_the_sentence_follow_from_how_the_search_ended(ended: 
     assert (
         none["sentence"] == "No load meets itl_p95 ≤ 50 ms: itl_p95 is 80 ms at batch size 1."
         and capacity_answer.code(none) == 3
+    )
+
+
+def test_a_rate_whose_arrivals_outran_completions_meets_nothing_however_short_the_look() -> None:
+    times = {"p95": 0.1, "p50": 0.1, "n": 100}
+    points = [{"rate": rate, "batch_size": None, "verdict": "valid", "ttft_s": times, "requests_per_s": min(rate, 50),
+               "objective": {"saturated": rate > 50}} for rate in (16.0, 64.0)]  # fmt: skip
+    worth = {"limits": [{"metric": "ttft_p95", "bound": 1.0, "point": None}]}
+    said = decision.decide(RunView({"points": points, "worth": worth}, {}, ""))
+    assert (
+        said.word == decision.ONLY
+        and "at most rate 16/s" in said.sentence
+        and "more arrivals than completions" in said.sentence
     )

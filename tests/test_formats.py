@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
+from harness import comparison, gate_text, store
 from harness import markdown as md
-from harness import store
 from harness.report import formats
 from harness.report.view import RunView
 from tests import report_samples as samples
 from tests.conftest import one_object
+from tests.gate_samples import figures, trials
 
 GFM = MarkdownIt("gfm-like")  # with HTML and bare links on, as on GitHub
 MOST_BYTES = 60_000
@@ -165,3 +166,13 @@ def test_the_command_writes_each_form_of_two_real_runs(
     assert pages[0] == pages[1] and b'id="compare"' in pages[0]
     refused = ridgeline("report", "one", "--format", "pdf")
     assert refused.returncode == 2 and "known: html, md, json" in refused.stderr
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_run_adds_nothing_to_the_gates_summary(text: str) -> None:
+    base = figures({"b1": trials()}) | {"name": text}
+    new = figures({"b1": trials(1.2)}) | {"name": text, "shown": {"engine version": text}}
+    new["points"][text[:60]] = new["points"]["b1"]
+    found = store.clean(comparison.compare(base, new, comparison.Options()))
+    html = rendered(gate_text.markdown(found))
+    assert tags(html) <= TAGS and html.count("<table>") == 2 and "<strong>fail</strong>" in html

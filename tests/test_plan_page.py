@@ -312,6 +312,12 @@ def test_a_phone_scrolls_no_page_sideways_and_all_is_drawn(show: Any) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         assert (said, asked) == ([], [])
         assert len(text.encode()) < 1_000_000
+        axe = pytest.importorskip(
+            "axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed"
+        )
+        assert not [
+            v["id"] for v in axe.Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")
+        ]
 
 
 @pytest.mark.browser

@@ -12,6 +12,8 @@ from harness import planning, planning_text
 from harness.planning import Load, Plan, Point, Run, Span, Way, objective
 from harness.records import RidgelineError
 from harness.theory import catalogue, design, hardware, memory, roofline, tails
+from harness.theory.calibration import Calibration
+from harness.theory.roofline import Factors
 from harness.theory.sweep import sweep
 
 LLAMA = catalogue.find("meta-llama/Llama-3.1-8B")
@@ -234,6 +236,31 @@ def test_measuring_the_planned_batch_leaves_least_doubt_of_its_time(found):
     one = design.surest(found.choice.curve.found, "itl_s", found.choice.batch, [1], None)
     assert one.doubt == pytest.approx(told.point.doubt)
     assert told.point.doubt_after <= one.doubt_after + 1e-12
+
+
+def test_a_calibrated_server_is_measured_where_its_calibration_says():
+    cell = {"model": LLAMA.name, "kind": "static", "batch": 32, "input_tokens": 128, "output_tokens": 64, "doubt": 0.09}
+    h100 = ROWS[-1]
+    same = Calibration(h100.name, (LLAMA.name,), 3, Factors(), 0.03, cell)
+    told = planning.advice(planned([h100], tps=[1], calibration=same))
+    assert (told.point.batch, told.point.input_tokens, told.point.output_tokens, told.point.doubt) == (
+        32,
+        128,
+        64,
+        0.09,
+    )
+    other = replace(same, hardware="L4")
+    assert planning.advice(planned([h100], tps=[1], calibration=other)).point.input_tokens == 350
+    assert design.of_calibration({"batch": "many"}) is None
+
+
+def test_a_calibration_moves_the_plan():
+    """Reading twice as slow: fewer tokens/s at the same price."""
+    h100 = ROWS[-1]
+    slow = Calibration(h100.name, (LLAMA.name,), 3, Factors(bandwidth=2.0, kv=2.0, compute=1.5), 0.03)
+    plain, found = (planned([h100], tps=[1], calibration=c) for c in (None, slow))
+    assert found.choice.usd_per_million.value > 1.2 * plain.choice.usd_per_million.value
+    assert found.choice.batch < plain.choice.batch
 
 
 def test_the_rival_is_measured_where_prices_make_it_close(found):

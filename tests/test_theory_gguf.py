@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import os
 import struct
 
@@ -10,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import models
+from harness import command, models
 from harness.records import RidgelineError
 from harness.theory import catalogue, gguf
 from harness.theory.architecture import from_config, from_gguf
+from harness.theory.hardware import find
+from harness.theory.predict import predict
 
 U32, STRING, ARRAY = 4, 8, 9
 F32, Q4_1, Q6_K = 0, 3, 14
@@ -276,3 +280,14 @@ def test_the_real_file_of_the_quickstart_is_read():
     model = models.load(path)
     assert model.params == 134_515_008
     assert 0 < os.path.getsize(path) - model.weight_bytes() < 5e6, "the rest is the header with its vocabulary"
+
+
+def test_a_model_stored_before_there_were_experts_still_predicts():
+    """run.json of the first weeks names fewer parts of the stored bytes, and fewer figures of a layer."""
+    model = from_gguf(*read(header(*smollm2())))
+    data = dataclasses.asdict(model)
+    data["stored_bytes"] = {k: v for k, v in data["stored_bytes"].items() if k not in ("router", "experts", "other")}
+    again = command.model_from(json.loads(json.dumps(data)))
+    asked = {"batch": 2, "input_tokens": 350, "output_tokens": 150}
+    row = find("H100-SXM-80GB")
+    assert predict(again, row, **asked).itl_s == predict(model, row, **asked).itl_s

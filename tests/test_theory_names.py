@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from harness.records import RidgelineError
-from harness.theory import catalogue, dtypes, hardware, validate
+from harness.theory import catalogue, dtypes, frameworks, hardware, validate
 
 
 @pytest.mark.parametrize(
@@ -108,3 +108,19 @@ def test_an_unknown_dtype_gets_a_reason_and_empty_cells():
     assert found.pred_tpot_ms.isna().all() and found.pred_e2e_s_high.isna().all()
     assert all("'q9_z' is not known" in text for text in found.reason[:2])
     assert "not in the table" in found.reason[2]
+
+
+def test_a_release_tells_what_a_framework_does():
+    h100 = hardware.find("H100-SXM")
+    old, new = (frameworks.find(f"vLLM {release}", h100, offline=True).step_s for release in ("0.6.3", "0.11.0"))
+    assert old > new == frameworks.find("vllm", h100).step_s
+    assert frameworks.find("transformers 4.36", h100).all_logits
+    assert not frameworks.find("transformers 4.46+flash-attn2", h100).all_logits
+    assert frameworks.release("llama.cpp (May 2024)") is None
+
+
+def test_what_a_framework_runs_on_is_not_taken_for_it():
+    named = {name: frameworks.named(name) for name in ("transformers GPTQ exllamav2", "ctransformers", "NIM 1.8.0 (TensorRT-LLM)",
+             "TGI AWQ", "Triton+FasterTransformer", "torchao/gpt-fast", "unheard of", "HF transformers")}  # fmt: skip
+    assert list(named.values()) == ["transformers", "llama.cpp", "tensorrt-llm", "vllm", "fastertransformer", "compiled",
+                                    "generic", "transformers"]  # fmt: skip

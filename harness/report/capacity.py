@@ -15,8 +15,8 @@ from harness.report.view import HEADLINES, SAMPLES_NEEDED, Json, Key, RunView, S
 
 QUANTILES = (("p50", "dot"), ("p95", "dash"), ("p99", "solid"))
 READ = (
-    "Each line is a percentile of all requests (ITL: of all gaps between tokens) at each load asked; the horizontal dashed "
-    "line is the objective. Percentiles that so few samples cannot show are left out of the lines, and marked † in the table."
+    "Each line is a percentile of all requests (ITL: of all gaps between tokens) at each load asked: dotted the median, dashed "
+    "p95, solid p99. The level line of long dashes is the objective. Percentiles that so few samples cannot show are left out of the lines, and marked † in the table."
 )
 READ_GOODPUT = (
     "Solid: requests per second that were answered. Dashed: goodput, those of them that met every objective that one "
@@ -39,7 +39,7 @@ def section(runs: Sequence[RunView]) -> Charts:
     if not any(view.points(run) for run in runs):
         return Charts([], otherwise="No point was measured.")
     blocks = [_latency(runs, shown) for shown in HEADLINES[:2]]
-    return Charts([*blocks, _goodput(runs)], legend=charts.legend(runs))
+    return Charts([*blocks, _goodput(runs)], legend=charts.legend(runs), marks="long red dashes: objectives")
 
 
 def _ticks(runs: Sequence[RunView], keys: Sequence[Key]) -> list[str]:

@@ -77,6 +77,11 @@ def template(*lines: str) -> Json:
     return {"hovertemplate": "<br>".join(line for line in lines if line), "hoverlabel": {"namelength": 0}}
 
 
+def stacked(label: str) -> str:
+    """ "run, batch 4" on two lines, beneath an axis."""
+    return "<br>".join(inert(part) for part in label.split(", ", 1))
+
+
 def untemplated(value: str) -> str:
     """Text that stands in a template as it is."""
     return inert(value).replace("%{", "% {")

@@ -37,14 +37,17 @@ def section(runs: Sequence[RunView]) -> Compared | None:
     """None for a single run."""
     if len(runs) < 2:
         return None
-    found, names = changes.changes(runs), view.labels(runs)
+    found, names, room = changes.changes(runs), view.labels(runs), view.room(runs)
+    most = list(dict.fromkeys(c.key for c in found))[: view.MOST_OF_FEW // 2]
+    shown = [c for c in found if c.run < room and c.key in most]
+    cut = f"Charts and tables show the first {room} of {len(runs)} runs: a page has no room for more. `--format json` has all."
     return Compared(
-        [_block(metric, rows, names) for metric in METRICS if (rows := [c for c in found if c.metric == metric])],
-        notices=changes.caveats(runs),
+        [_block(metric, rows, names) for metric in METRICS if (rows := [c for c in shown if c.metric == metric])],
+        notices=([cut] if room < len(runs) else []) + changes.caveats(runs),
         otherwise="No point was measured in the first run and in another, so no figure can be compared.",
         sentences=[sentence([c for c in found if c.run == place], names[place], names[0]) for place in range(1, len(runs))],
-        before=overview(found, names) if found else None,
-        after=differences(runs),
+        before=overview(shown, names) if shown else None,
+        after=differences(runs[:room]),
     )  # fmt: skip
 
 
@@ -130,7 +133,7 @@ def _block(metric: str, found: Sequence[Change], names: Sequence[str]) -> Block:
     finding = ", ".join(f"{n} {word}" for word, n in counts if n) + f"; the band is ±{units.percent(found[0].margin)}."
     chart = f"chart-change-{metric}"
     return Block(chart, METRICS[metric], finding, _READ, _table(metric, found, names), _forest(metric, found, names),
-                 "Nothing to draw: no change is known.")  # fmt: skip
+                 missing="Nothing to draw: no change is known.")  # fmt: skip
 
 
 def _table(metric: str, found: Sequence[Change], names: Sequence[str]) -> Table:

@@ -19,6 +19,7 @@ GLYPHS = {YES: "✓", NO: "✕", ONLY: "◐", CANNOT: "?"}
 MEETS, MISSES, UNSURE = "meets", "misses", "unsure"
 NO_SLO = "no objective was stated; give one by --slo ttft_p95=500ms,itl_p95=50ms, or as `slo` in the scenario"
 NO_PRICE = "no price is known for this hardware; give --price 1.2/h, or `price` in the scenario"
+OVER = "more arrivals than completions: its latencies grow for as long as one looks"
 RATES = ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s")
 
 
@@ -38,6 +39,8 @@ class Check:
         name = metric_name(self.metric)
         if self.status == UNSURE:
             return f"{name}: {self.why}"
+        if self.why:
+            return self.why
         worse = "less" if self.metric in RATES else "more"
         said = f"{worse} than" if self.status == MISSES else "within"
         digits = next((d for d in (3, 4, 5) if show(self.metric, self.value, d) != show(self.metric, self.bound, d)), 6)
@@ -128,6 +131,8 @@ def held(run: RunView) -> list[Held]:
     found = []
     for key, point in view.keyed(run).items():
         checks = tuple(_check(point, metric, bound) for metric, bound, at in limits if at in ("", _label(point)))
+        if view.child(point, "objective").get("saturated") is True:  # latencies of a backlog that only grows
+            checks += (Check("requests_per_s", NAN, view.num(point, "requests_per_s"), MISSES, OVER),)
         states = {check.status for check in checks}
         status = (
             UNSURE

@@ -27,6 +27,7 @@
   const draw = (box) => {
     if (!window.Plotly) return;
     const figure = themed(data.figures[box.id]);
+    figure.data.forEach((trace) => { if (typeof trace.hovertext === "number") trace.hovertext = data.texts[trace.hovertext]; });
     figure.layout = { ...themed(data.layout), ...figure.layout };
     if (printing) figure.layout = { ...figure.layout, width: 660, height: box.matches(".tall *, .high") ? 320 : 210 };
     else figure.layout = { ...figure.layout, autosize: true };

@@ -6,14 +6,14 @@ import base64
 import gzip
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from harness.report import verdict as head
 from harness.report import view
-from harness.report.charts import PALETTE, RUN_COLOURS, SHARED
+from harness.report.charts import PALETTE, RUN_COLOURS, SHARED, Figure
 from harness.report.section import Charts, Section
 from harness.report.sections import SECTIONS
 from harness.report.verdict import verdict
@@ -24,13 +24,25 @@ __all__ = ["PLOTLY_SHA256", "PLOTLY_VERSION", "RunView", "document", "plotly_sou
 # The npm package plotly.js-basic-dist-min (MIT), compressed with `gzip -9 -n`; the hash is of the source as published.
 PLOTLY_VERSION = "4.1.1"
 PLOTLY_SHA256 = "99784e3abfb07b142a15e521a439e6d9addceadb3f79553fd24c72774f0649ba"
+OF_ALL = (
+    "verdict",
+    "compare",
+)  # sections that tell of every run, however many there are; the others of as many as have room
 _EAGER = 2  # charts drawn at once; the others when they come near
 
 
 def render(runs: Sequence[RunView]) -> str:
     """The whole report of one run, or of several side by side, as one HTML document."""
-    built = [(section, content) for section in SECTIONS if (content := section.build(runs)) is not None]
-    return document(built, title=head.title(runs), meta=head.meta(runs),
+    runs = view.named(runs)
+    fit = runs[: view.room(runs)]
+    shown = [view.thinned(run, view.MOST_OF_FEW // len(fit)) for run in fit] if len(fit) < 3 else fit
+    cut = sum(len(view.points(run)) for run in fit) - sum(len(view.points(run)) for run in shown)
+    meta = head.meta(runs) + (
+        [f"{cut} of the points are in no chart or table here, but in summary.json"] if cut else []
+    )
+    contents = ((section, section.build(runs if section.id in OF_ALL else shown)) for section in SECTIONS)
+    built = [(section, content) for section, content in contents if content is not None]
+    return document(built, title=head.title(runs), meta=meta,
                     description=verdict(runs[0].summary) if runs else "An empty report.")  # fmt: skip
 
 
@@ -43,7 +55,7 @@ def document(
     from markupsafe import Markup
 
     blocks = [block for _, content in built if isinstance(content, Charts) for block in content.blocks]
-    figures = {block.id: block.figure for block in blocks if block.figure is not None}
+    figures, texts = _pooled({block.id: block.figure for block in blocks if block.figure is not None})
     script = _asset("page.js")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(_asset)
@@ -60,12 +72,28 @@ def document(
         # Markup marks our own style and script, and JSON made inert; no text of a run passes here.
         style=Markup(_palette_css() + "".join(map(_asset, styles))),
         script=Markup(script),
-        data=Markup(_json({"figures": figures, "layout": SHARED, "dark": dict(PALETTE.values()), "eager": _EAGER})),
+        data=Markup(
+            _json(
+                {"figures": figures, "texts": texts, "layout": SHARED, "dark": dict(PALETTE.values()), "eager": _EAGER}
+            )
+        ),
         plotly=_packed() if figures else "",
         plotly_version=PLOTLY_VERSION,
         licence=_asset("plotly-LICENSE.txt"),
     )
     return html.rstrip("\n") + "\n"
+
+
+def _pooled(figures: Mapping[str, Figure]) -> tuple[dict[str, Figure], list[list[str]]]:
+    """The figures with the place of their tooltips in a list of all: what is measured and predicted of a point share one."""
+    pool: dict[tuple[str, ...], int] = {}
+
+    def trace(data: Mapping[str, Any]) -> dict[str, Any]:
+        said = data.get("hovertext")
+        return {**data, "hovertext": pool.setdefault(tuple(said), len(pool))} if isinstance(said, list) else dict(data)
+
+    found = {id: {**figure, "data": [trace(data) for data in figure["data"]]} for id, figure in figures.items()}
+    return found, [list(texts) for texts in pool]
 
 
 def _asset(name: str) -> str:

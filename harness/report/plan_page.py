@@ -153,7 +153,7 @@ def _cost(found: Plan) -> Charts:
     read = ("Hatched: predicted; solid: measured; whiskers: 90 % intervals. Each bar is the best split of that hardware in "
             "that precision, kept busy. What quantized weights do to the quality of answers is not in it.")  # fmt: skip
     block = Block("chart-costs", "Cost of a million output tokens", finding, read, plan_tables.costs(found),
-                  plan_charts.costs(found, ways), "Without a price there is no cost.")  # fmt: skip
+                  plan_charts.costs(found, ways), missing="Without a price there is no cost.")  # fmt: skip
     return Charts([block], tall=True, notices=notices)
 
 

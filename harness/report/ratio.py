@@ -84,6 +84,7 @@ def _figure(rows: Sequence[Row]) -> charts.Figure:
                 ys.append(ratio)
                 above.append((was.high - was.value) / theory.value)
                 below.append((was.value - was.low) / theory.value)
+                seen += [v for end in (was.low, was.high) if (v := end / theory.value) > 0 and math.isfinite(v)]
                 hover.append(charts.tooltip([f"{shown.short}, {name}", f"measured {shown.show(was.value)}, predicted {shown.show(theory.value)}: {units.ratio(ratio)}",
                                              f"tolerance {units.interval(low, high, units.ratio)}"]))  # fmt: skip
         seen += ys
@@ -103,7 +104,7 @@ def _figure(rows: Sequence[Row]) -> charts.Figure:
         "line": {"width": 1.4, "color": charts.colour("ink")},
         "layer": "below",
     }
-    across = charts.axis("", tickvals=list(range(len(rows))), ticktext=[charts.inert(name) for name, *_ in rows], range=[-0.6, len(rows) - 0.4],
+    across = charts.axis("", tickvals=list(range(len(rows))), ticktext=[charts.stacked(name) for name, *_ in rows], tickangle=0, range=[-0.6, len(rows) - 0.4],
                          showgrid=False, zeroline=False)  # fmt: skip
     up = charts.axis(
         "measured / predicted",

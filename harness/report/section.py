@@ -39,6 +39,7 @@ class Charts:
     legend: list[tuple[int, str]] = field(default_factory=list)
     otherwise: str = ""
     lead: str = ""
+    marks: str = ""  # what the legend tells of several runs, instead of hatched and solid
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,12 +39,12 @@ def _starts(runs: Sequence[RunView]) -> list[tuple[str, list[tables.Stage], str]
 
 SECTIONS = (
     Section("verdict", "Verdict", "verdict", verdict.section),
-    Section("search", "Search for the capacity", "charts", search.section),
     Section("compare", "Comparison", "compared", compare_section.section),
     Section("limits", "What limits it, and what would help", "charts", limits.section),
     Section("versus", "Predicted versus measured", "charts", against.versus),
     Section("plane", "Throughput over batch size", "charts", against.plane),
     Section("roofline", "Roofline", "charts", roofline.section),
+    Section("search", "Search for the capacity", "charts", search.section),
     Section("capacity", "Capacity under the objectives", "charts", capacity.section),
     Section("pareto", "Throughput against speed for each user", "charts", capacity.pareto),
     Section("cost", "Cost", "charts", capacity.cost),

@@ -176,7 +176,7 @@ def _agreement(rows: Sequence[tuple[int, str, Key, Json, Json]], shown: Shown) -
                          "opacity": 0.35, "hoverinfo": "text", "hovertext": [charts.tooltip([name, f"95 % interval {units.interval(was.low, was.high, shown.show)}"])] * 2})  # fmt: skip
         data.append({"type": "scatter", "mode": "markers", "x": xs, "y": [100 * (v / middle - 1) for v in values], "marker": {"size": 8, "color": ink},
                      "hoverinfo": "text", "hovertext": [charts.tooltip([f"{name}, trial {i + 1}", shown.show(v)]) for i, v in enumerate(values)]})  # fmt: skip
-    labels = [charts.inert(name.removeprefix("batch ").removeprefix("rate ")) for _, name, *_ in found]
+    labels = [charts.stacked(name.removeprefix("batch ").removeprefix("rate ")) for _, name, *_ in found]
     across = charts.axis(
         "",
         tickvals=list(range(len(found))),
@@ -184,6 +184,7 @@ def _agreement(rows: Sequence[tuple[int, str, Key, Json, Json]], shown: Shown) -
         range=[-0.6, len(found) - 0.4],
         showgrid=False,
         zeroline=False,
+        tickangle=0,
     )
     drawn = charts.figure_of(data, {"xaxis": across, "yaxis": charts.axis("from the mean, %"), "showlegend": False})
     spread = [((max(values) - min(values)) / middle, name, values) for _, name, _, values, middle in found]

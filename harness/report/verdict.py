@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from harness import units
-from harness.report import decision, tables, view
+from harness.report import decision, limits, tables, view
 from harness.report.tables import Table
 from harness.report.view import HEADLINES, Json, RunView, Shown
 
@@ -115,7 +115,7 @@ def _answer(run: RunView) -> dict[str, Any]:
     """The decision in a word and a sentence, with the five figures that it rests on."""
     found = decision.decide(run)
     facts = _facts(run, found) if found.chosen else []
-    return {"word": found.word, "glyph": decision.GLYPHS[found.word], "reason": found.reason, "objective": "" if (goal := decision.objective(run)) in found.reason else goal, "facts": facts,
+    return {"word": found.word, "glyph": decision.GLYPHS[found.word], "reason": found.reason, "objective": "" if (goal := decision.objective(run)) in found.reason else goal, "facts": facts, "lever": limits.lever_sentence(run),
             "style": {decision.YES: "valid", decision.NO: "invalid"}.get(found.word, "suspect")}  # fmt: skip
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 from harness import units
@@ -136,6 +136,31 @@ def labels(runs: Sequence[RunView]) -> list[str]:
     if len(set(names)) < len(names):
         names = [f"{name} #{k}" for k, name in enumerate(names, start=1)]
     return names
+
+
+MOST_POINTS = 40  # of several runs together, in charts and tables: a page stays below 2 MB, whatever it is made of
+MOST_OF_FEW = 100  # of one run, or of two
+
+
+def room(runs: Sequence[RunView]) -> int:
+    """How many of the runs, from the first on, a page shows point by point: at least two."""
+    totals = accumulate(len(points(run)) for run in runs)
+    return max(min(2, len(runs)), sum(total <= MOST_POINTS for total in totals))
+
+
+def thinned(run: RunView, most: int) -> RunView:
+    """The run with at most so many of its points, evenly taken, the first and the last among them."""
+    all_points = points(run)
+    if len(all_points) <= most:
+        return run
+    kept = sorted({round(k * (len(all_points) - 1) / (most - 1)) for k in range(most)})
+    return replace(run, summary=run.summary | {"points": [all_points[k] for k in kept]})
+
+
+def named(runs: Sequence[RunView]) -> list[RunView]:
+    """The runs under the names that tell them apart, so that some of them keep those."""
+    told = zip(runs, labels(runs), strict=True)
+    return [replace(run, summary=run.summary | {"name": name}) if name else run for run, name in told]
 
 
 Key = tuple[int, float, int]  # (0 batch | 1 rate | 2 neither, its value, which of several like it): sorts as read

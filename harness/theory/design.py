@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +29,20 @@ class Measurement:
     """A point to measure: the standard deviation of the logarithm of the time asked for, before it and after it."""
 
     batch: int
+    input_tokens: int
+    output_tokens: int
     doubt: float
     doubt_after: float
+
+
+def of_calibration(cell: Any) -> Measurement | None:
+    """The next cell that a calibration names (`calibrate`); None where it names none, or not as it should."""
+    try:
+        lengths = (int(cell["batch"]), int(cell["input_tokens"]), int(cell["output_tokens"]))
+        doubt = float(cell["doubt"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return Measurement(*lengths, doubt, min(doubt, NOISE)) if min(lengths) > 0 and math.isfinite(doubt) else None
 
 
 def surest(found: Sweep, metric: str, at: int, batches: Sequence[int], calibration: Calibration | None) -> Measurement:
@@ -51,7 +64,8 @@ def surest(found: Sweep, metric: str, at: int, batches: Sequence[int], calibrati
     good = grid[np.sqrt(np.maximum(after, 0)) <= math.sqrt(max(after.min(), 0)) + 0.01 * math.sqrt(before)]
     best = int(good[np.argmin(np.abs(np.log(good / at)))])
     left = float(after[int(np.searchsorted(grid, best))])
-    return Measurement(best, math.sqrt(max(before, 0.0)), math.sqrt(max(left, 0.0)))
+    lengths = int(found.input_tokens[0]), int(found.output_tokens[0])
+    return Measurement(best, *lengths, math.sqrt(max(before, 0.0)), math.sqrt(max(left, 0.0)))
 
 
 def _slopes(found: Sweep, grid: Array, metric: str, calibration: Calibration | None) -> Array:

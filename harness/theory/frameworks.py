@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
@@ -26,7 +26,7 @@ class Framework:
 
     `pool`: share of the memory taken in advance, of "all" of it or for the "cache" alone; 0: as needed.  `chunk`: most
     prompt tokens of a pass.  `mixed`: prefills run in the passes of decoding steps.  `layered`: several accelerators
-    hold layers each and work in turn.  `all_logits`: the prefill computes those of every prompt token.
+    hold layers each and work in turn.  `all_logits`: the prefill computes those of every prompt token (releases before LAST_LOGITS).
     """
 
     name: str
@@ -145,18 +145,26 @@ def named(name: str | None) -> str:
 
 # Since these releases (early 2025) their loops overlap the host with the accelerator by default: vLLM's V1 engine, SGLang's
 # overlapped scheduler, TensorRT-LLM's PyTorch backend.  Static batches with them have the host's cost of served ones.
+LAST_LOGITS = (4, 45)  # since this release transformers' generate() computes a prompt's last logits only
 OVERLAPPED = {"vllm": (0, 8), "sglang": (0, 4), "tensorrt-llm": (1, 0)}
 
 
 def overlapped(name: str | None) -> bool:
     """Whether the name states a release ("vLLM 0.11.0") of OVERLAPPED or a later one."""
-    found = re.search(r"v?(\d+)\.(\d+)", name or "")
-    return found is not None and (int(found[1]), int(found[2])) >= OVERLAPPED.get(named(name), (10**6, 0))
+    return (release(name) or (0, 0)) >= OVERLAPPED.get(named(name), (10**6, 0))
+
+
+def release(name: str | None) -> tuple[int, int] | None:
+    """The first release that a name states: (0, 11) of "vLLM 0.11.0"."""
+    found = re.search(r"(\d+)\.(\d+)", name or "")
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def find(name: str | None, hardware: Hardware, dtype: str = "", *, offline: bool = False) -> Framework:
     """The row for a framework on this hardware with weights of this dtype; `offline`: as public static batches ran."""
-    return _find(named(name), hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name))
+    row = _find(named(name), hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name))
+    old = (release(name) or LAST_LOGITS) < LAST_LOGITS
+    return replace(row, all_logits=row.all_logits and old)
 
 
 def _width(dtype: str) -> str:
