@@ -33,7 +33,8 @@ PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 def here(scenario: Scenario, folder: Path) -> None:
     """This machine's side.  Raises RidgelineError (code 2) with what is needed and what there is."""
     if scenario.tokenizer and not tokens.tokenizer_file(scenario.tokenizer):
-        raise RidgelineError(f"--tokenizer {scenario.tokenizer}: no tokenizer.json there; give its path or its folder")
+        raise RidgelineError(f"{scenario.at('tokenizer')}: {scenario.tokenizer}: no tokenizer.json there; give its path or "
+                             "its folder")  # fmt: skip
     most = in_flight(scenario.workload)
     asked = scenario.at("workload", "max_in_flight" if scenario.workload.mode == "open" else "batch_sizes")
     _descriptors(most, asked)

@@ -67,7 +67,7 @@ def _checked(module: str, reader: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), _written("time")]
+Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False), _written("time")]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), _written("fraction")]
 Count = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Tokens = Annotated[int, Field(ge=1, le=10_000_000, strict=True)]
@@ -227,7 +227,7 @@ class Workload(Part):
     turns: Annotated[int, Field(ge=1, le=1000, strict=True)] = 1
     """Requests in a session (closed, open): each holds the whole one before it, a canned answer of the asked length, so that
     every run sends the same bytes, and input_tokens more.  A rate is then of sessions."""
-    think_time_s: Annotated[float, Field(ge=0, allow_inf_nan=False), _written("time")] = 0.0
+    think_time_s: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False), _written("time")] = 0.0
     """From the end of a turn to the next turn of its session; another session may take its slot meanwhile."""
     waves: Count | None = None
     """Waves per trial (wave); default 3."""

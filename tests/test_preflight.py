@@ -64,6 +64,13 @@ def test_what_an_option_has_set_is_not_blamed_on_the_file(tmp_path: Path) -> Non
     )
 
 
+def test_a_tokenizer_that_is_none_is_said_of_its_key(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("name: a\ntokenizer: nowhere\n")
+    with pytest.raises(RidgelineError, match=r"s\.yaml:2: tokenizer: nowhere: no tokenizer\.json there"):
+        preflight.here(command.planned(path, {}), tmp_path)
+
+
 def test_more_at_once_than_this_machine_takes_is_said_of_its_key(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text("workload:\n  mode: closed\n  batch_sizes:\n  - 1\n  - 65536\n")

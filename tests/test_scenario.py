@@ -51,6 +51,7 @@ def test_the_standard_is_350_in_150_out_at_batch_1_to_256() -> None:
         ("workload: {batch_sizes: [2, 2]}", "batch_sizes: holds a value twice"),
         ("workload: {waves: 2, requests: 3}", "waves and requests: give one of them"),
         ("limits: {idle_s: soon}", "limits.idle_s: got 'soon', expected a time"),
+        ("workload: {duration_s: 1e300}", "f.yaml:1: workload.duration_s: got"),
         ("limits: {idle_s: .nan}", "limits.idle_s: got nan"),
         ("variants: {a: {arg: []}}", "f.yaml:1: variants.a.arg: unknown key"),
         ("variants: {../a: {}}", "variants.../a"),

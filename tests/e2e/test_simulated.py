@@ -142,7 +142,7 @@ def test_no_server_there_is_one_line_and_code_6(ridgeline: Run, tmp_path: Path) 
         (("--mode", "sideways"), 2, "workload.mode: got 'sideways'"),
         (("--api-key-env", "NO_SUCH_KEY"), 2, "NO_SUCH_KEY: this environment variable is not set"),
         (("--input-tokens", "3"), 2, "template alone has"),
-        (("--tokenizer", "/nowhere"), 2, "--tokenizer /nowhere"),
+        (("--tokenizer", "/nowhere"), 2, "tokenizer: /nowhere: no tokenizer.json"),
         (("--input-tokens", "100000"), 6, "context"),
     ],
 )
