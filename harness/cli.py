@@ -215,9 +215,11 @@ def report(
     price: Annotated[str | None, typer.Option(help="US dollars for an hour of one accelerator: 1.2/h.")] = None,
 ) -> None:
     """Write the report of one run, or of several held against the first; rebuilt from the records on disk."""
-    from harness import command
+    from harness import command_report
 
-    typer.echo(command.report(runs, out, hardware, model_config, definitions, calibration, history, slo, price, form))
+    typer.echo(
+        command_report.report(runs, out, hardware, model_config, definitions, calibration, history, slo, price, form)
+    )
 
 
 @app.command("import")
@@ -255,9 +257,9 @@ def definitions(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Recompute a stored run under another tool's formulas, or explain why numbers differ."""
-    from harness import command
+    from harness import command_report
 
-    typer.echo(command.definitions(run, name, as_json))
+    typer.echo(command_report.definitions(run, name, as_json))
 
 
 @app.command()

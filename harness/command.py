@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import baseline, capacity_answer, redaction, store, summary, units
+from harness import capacity_answer, redaction, store, summary, units
 from harness.places import Places
 from harness.progress import Progress
 from harness.records import RidgelineError, Table
@@ -26,7 +26,6 @@ from harness.theory.shape import PARTS, Layers, Model
 from harness.yaml_lines import MAX_BYTES
 
 RESULTS = Path("results")
-FORMS = ("html", "md", "json")
 WHOLE = ("input_tokens", "output_tokens", "rate_ramp")  # a flag replaces these, whatever the file says
 
 
@@ -119,8 +118,10 @@ def run(scenario: Scenario, *, out: str | None, strict: bool, as_json: bool, qui
         return int(outcome.code)
     found = summarise(outcome.folder, progress)
     if with_report:
+        from harness import command_report
+
         page = Path(scenario.report) if scenario.report else outcome.folder / "report.html"
-        write_report([outcome.folder], [found], page)
+        command_report.write_report([outcome.folder], [found], page)
     if as_json:
         print(json.dumps(store.clean(summary.public(found, str(outcome.folder))), allow_nan=False))
     else:
@@ -183,12 +184,12 @@ def _summary(loaded: store.Run) -> dict[str, Any]:
 
 def import_files(paths: Sequence[Path], out: str | None, theory: Mapping[str, Any], page: Path | None) -> str:
     """A run folder and a report of other tools' results; returns what the terminal shows."""
-    from harness import importing
+    from harness import command_report, importing
 
     options = _over({}, {"theory": theory})
     folder = importing.write(paths, options, ["ridgeline", *sys.argv[1:]], out, RESULTS)
     page = page or folder / "report.html"
-    report([folder], page, None, None)
+    command_report.report([folder], page, None, None)
     return redaction.clean(text_of(store.read_json(folder / store.SUMMARY), folder, page))
 
 
@@ -309,97 +310,6 @@ def _hardware(
         return find(str(gpus[0]["name"] if isinstance(gpus[0], dict) else gpus[0]))
     working_set = model.weight_bytes(theory["dtype"]) if model else None
     return from_row(machine.row(working_set, progress.line))
-
-
-def report(folders: Sequence[Path], page: Path | None, hardware_name: str | None, model_config: str | None,
-           as_tool: str | None = None, calibration: str | None = None, past: Path | None = None,
-           slo: str | None = None, price: str | None = None, form: str = "html") -> str:  # fmt: skip
-    """Write the report; returns what stdout gets.  As md or json it is that itself, unless `page` names a file for it."""
-    if form not in FORMS:
-        raise RidgelineError(f"--format: got {form!r}; known: {', '.join(FORMS)}")
-    worth = {"slo": slo, "price": price}
-    found = [summarise(folder, None, hardware_name, model_config, calibration, worth) for folder in folders]
-    for one, folder in zip(found, folders, strict=True):
-        imported = next((str(p["imported"]["tool"]) for p in one["points"] if p.get("imported")), None)
-        if name := as_tool or imported:  # what a tool printed stands beside what we make of it
-            one["definitions"] = _compared(folder, name)
-    if past:
-        from harness import command_gate
-
-        found[0]["history"] = command_gate.past(past)
-    if form == "html":
-        page = page or folders[0] / "report.html"
-        write_report(folders, found, page)
-    else:
-        text = _text_form(folders, found, form)
-        if page is None:
-            return text.rstrip()
-        store.write_text(page, text)
-    return "\n".join([*(one["verdict_sentence"] for one in found), f"report: {page}"])
-
-
-def _text_form(folders: Sequence[Path], found: Sequence[dict[str, Any]], form: str) -> str:
-    from harness.report import formats
-
-    seen = views(folders, found)
-    text = (
-        formats.markdown(seen) if form == "md" else json.dumps(store.clean(formats.data(seen)), allow_nan=False) + "\n"
-    )
-    return redaction.clean(text, len(text))
-
-
-def _compared(folder: Path, name: str) -> dict[str, Any]:
-    from harness import definitions as tools
-
-    run = store.load(folder)
-    tool = tools.tool(name)
-    points = tools.compare(name, run.run, run.blocks)
-    own = next((p["imported"] for p in points if p.get("imported") and p["imported"]["tool"] == name), None)
-    return {"run": str(folder), "definitions": name, "version": own["name"] if own else tool.version,
-            "imported": bool(own), "points": points}  # fmt: skip
-
-
-def definitions(folder: Path | None, name: str, as_json: bool) -> str:
-    """The figures of a stored run under `name`'s formulas beside ours; without a run, the page that explains."""
-    from harness import definitions as tools
-
-    if folder is None:
-        return (Path(__file__).parent / "docs" / "definitions.md").read_text(encoding="utf-8").rstrip()
-    found = _compared(folder, name)
-    if not as_json:
-        return tools.text(name, found["points"])
-    sides = [
-        point | {side: summary.public_point(point[side]) for side in ("ours", "theirs")} for point in found["points"]
-    ]
-    return json.dumps(store.clean(found | {"points": sides}), allow_nan=False)
-
-
-def write_report(folders: Sequence[Path], found: Sequence[dict[str, Any]], page: Path) -> None:
-    from harness.report.page import render
-
-    store.write_text(page, render(views(folders, found)))
-
-
-def views(folders: Sequence[Path], found: Sequence[dict[str, Any]]) -> list[Any]:
-    """The runs as a report sees them; several also with their figures trial by trial, to be compared."""
-    from harness.report.page import RunView
-
-    seen = []
-    for folder, one in zip(folders, found, strict=True):
-        run = store.load(folder)
-        trials = baseline.figures(run.run, one, run.blocks, run.events) if len(folders) > 1 else None
-        more = {"figures": store.clean(trials)} if trials else {}
-        seen.append(RunView(one | more, run.run, _log_tail(folder)))
-    return seen
-
-
-def _log_tail(folder: Path, size: int = 4000) -> str:
-    try:
-        with open(folder / "engine.log", "rb") as log:
-            log.seek(max(0, log.seek(0, 2) - size))
-            return log.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
 
 
 def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:

@@ -13,7 +13,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness import baseline, command, comparison, gate, gate_text, history, redaction, series, store, summary, units
+from harness import (
+    baseline,
+    command,
+    command_report,
+    comparison,
+    gate,
+    gate_text,
+    history,
+    redaction,
+    series,
+    store,
+    summary,
+    units,
+)
 from harness.comparison import NO_BASELINE, Options
 from harness.gate import INCONCLUSIVE, Rule
 from harness.progress import Progress
@@ -326,7 +339,7 @@ def run(scenario: Scenario, *, out: str | None, resume: Path | None, quiet: bool
     found = [command.summarise(folder, progress) for folder in folders]
     page = Path(scenario.report) if scenario.report else root / "report.html"
     if with_report and found:
-        command.write_report(folders, found, page)
+        command_report.write_report(folders, found, page)
     if not as_json:
         for folder, one in zip(folders, found, strict=True):
             print(redaction.clean(f"{folder.name}: {command.text_of(one, folder, None)}\n"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from harness import command
+from harness import command, command_report
 from harness.report.charts import CHARTS
 from harness.report.page import RunView, render
 from harness.report.sections import SECTIONS
@@ -138,7 +138,7 @@ def test_a_hostile_run_on_disk_executes_nothing(
         assert done.returncode == 0, done.stderr
         samples.poison_folder(tmp_path / name)
     folders = [tmp_path / "one", tmp_path / "two"]
-    runs = command.views(folders, [command.summarise(folder) for folder in folders])
+    runs = command_report.views(folders, [command.summarise(folder) for folder in folders])
     said = json.dumps([[run.summary, run.run] for run in runs])
     assert all(json.dumps(text)[1:40].rstrip("\\") in said for text in samples.CORPUS[2:9])
     assert sum(point["errors"] for point in runs[0].summary["points"]) > 3

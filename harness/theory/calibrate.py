@@ -30,7 +30,8 @@ MOST = 10  # cells of a server that a fit takes
 NOISE = 0.04  # ln(repeat / repeat) of the same cell on the same server
 # How far a factor lies from 1 between servers (standard deviation of its logarithm; `slot`: of itself).
 WIDTH = {"compute": 0.2, "bandwidth": 0.15, "kv": 0.5, "overhead": 0.7, "link": 0.7, "queue": 0.7, "request": 1.0,
-         "slot": 0.7}  # fmt: skip
+         "narrow": 0.4, "slot": 0.7}  # fmt: skip
+CPU_COMPUTE = 0.7  # the width of `compute` on a CPU: what numpy reaches there says little of an engine's own kernels
 NAMES = tuple(f.name for f in fields(Factors))
 TOLD = ("ttft_ms", "tpot_ms", "e2e_s", "out_tps")  # what is fitted, where it was measured
 QUEUED = 0.15  # ln of how far a TTFT under load lies from any model of the queue
@@ -104,7 +105,9 @@ def calibrate(rows: pd.DataFrame, where: str) -> Calibration:
 
 def _fit(cells: _Cells, hardware: str, models: tuple[str, ...]) -> Calibration:
     free = _free(cells)
-    start, width = np.array([0.0] * len(NAMES)), np.array([WIDTH[n] for n in NAMES])
+    cpu = any(case.hardware.cpu for case, _, _ in cells.parts)
+    widths = WIDTH | {"compute": CPU_COMPUTE} if cpu else WIDTH
+    start, width = np.array([0.0] * len(NAMES)), np.array([widths[n] for n in NAMES])
 
     def spread_out(x: Array) -> Array:
         whole = start.copy()
@@ -133,7 +136,8 @@ def _free(cells: _Cells) -> npt.NDArray[np.bool_]:
     """The factors that these cells can tell of at all."""
     loaded = any(kind != "static" for _, kind, _ in cells.parts)
     linked = any(case.tp * case.pp * case.dp > 1 for case, _, _ in cells.parts)
-    told = {"link": linked, "queue": loaded, "request": loaded, "slot": loaded}
+    cpu = any(case.hardware.cpu for case, _, _ in cells.parts)
+    told = {"narrow": cpu, "link": linked, "queue": loaded, "request": loaded, "slot": loaded}
     return np.array([told.get(n, True) for n in NAMES])
 
 

@@ -15,7 +15,7 @@ from harness.theory.shape import Model
 # What is carried over in full: to other hardware the software's own, to another model what is the same silicon's.  The
 # rest goes half of the way (its square root; a slot that is missing here is not missing elsewhere).
 TO_HARDWARE = ("overhead", "request")
-TO_MODEL = ("compute", "bandwidth", "kv", "overhead", "link")
+TO_MODEL = ("compute", "bandwidth", "kv", "overhead", "link", "narrow")
 
 
 @dataclass(frozen=True, slots=True)

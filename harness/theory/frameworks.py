@@ -145,6 +145,7 @@ def named(name: str | None) -> str:
 
 # Since these releases (early 2025) their loops overlap the host with the accelerator by default: vLLM's V1 engine, SGLang's
 # overlapped scheduler, TensorRT-LLM's PyTorch backend.  Static batches with them have the host's cost of served ones.
+CPU_CHUNK = 2048  # tokens of a pass on a CPU: vLLM's max_num_batched_tokens there, llama.cpp's n_batch
 LAST_LOGITS = (4, 45)  # since this release transformers' generate() computes a prompt's last logits only
 OVERLAPPED = {"vllm": (0, 8), "sglang": (0, 4), "tensorrt-llm": (1, 0)}
 
@@ -164,7 +165,7 @@ def find(name: str | None, hardware: Hardware, dtype: str = "", *, offline: bool
     """The row for a framework on this hardware with weights of this dtype; `offline`: as public static batches ran."""
     row = _find(named(name), hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name))
     old = (release(name) or LAST_LOGITS) < LAST_LOGITS
-    return replace(row, all_logits=row.all_logits and old)
+    return replace(row, all_logits=row.all_logits and old, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
 
 
 def _width(dtype: str) -> str:

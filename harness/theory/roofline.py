@@ -54,6 +54,9 @@ LIMIT_OF = {
     "draft": "memory_bandwidth",
 }
 
+# A CPU's vector kernels come near the rate of its matrix kernels over so many tokens at a time.  From one machine: llama.cpp
+# with Q4_1 on two EPYC cores, 10 ms a token at batch 1 and 7 at 8, beside 3.1 in a prefill of 350.
+NARROW_TOKENS = 12
 SMALL_KERNELS = 6  # a layer beside its matrices and attention: two norms, rotary, cache write, activation, residual
 SMALL_KERNEL_S = 1.5e-6  # each, replayed from a graph
 
@@ -69,6 +72,7 @@ class Factors:
     link: float = 1.0
     queue: float = 1.0
     request: float = 1.0
+    narrow: float = 1.0  # of a CPU's matrix work on a single token, on top of `compute`; see NARROW_TOKENS
     slot: float = 0.0  # an addend: slots that the server has fewer than the clients, as a share of one
 
 
@@ -340,15 +344,26 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
     rate = s.hardware.bytes_per_s * s.tp
     routed = sum(g.count * g.experts_per_token * g.expert_matmul for g in model.groups) * 2.0
     dense = model.matmul_flops_per_token - routed
+    slower, slower_head = _narrow(s, tokens), _narrow(s, heads)
     jobs: list[tuple[kernels.Law, Array | float, Array, float]] = [
-        (s.gemm, parts["attention"] + parts["ffn"] + parts["router"] + parts["norms"], dense * tokens, s.flops),
-        (s.head, model.vocab * model.hidden * _head_bytes(s), model.head_flops_per_token * heads, s.head_flops),
+        (
+            s.gemm,
+            parts["attention"] + parts["ffn"] + parts["router"] + parts["norms"],
+            dense * tokens * slower,
+            s.flops,
+        ),
+        (
+            s.head,
+            model.vocab * model.hidden * _head_bytes(s),
+            model.head_flops_per_token * heads * slower_head,
+            s.head_flops,
+        ),
     ]
     if routed:
         # All replicas' tokens meet the experts, which are spread over all of them.
         read = model.experts_read(tokens * s.dp)
         jobs.append((s.gemm, parts["experts"] * read / s.dp * s.framework.experts,
-                     routed * tokens * s.framework.experts, s.flops))  # fmt: skip
+                     routed * tokens * slower * s.framework.experts, s.flops))  # fmt: skip
     zero = np.zeros_like(tokens, dtype=np.float64)
     terms: Terms = {"weights": zero, "matmul": zero, "ridge": zero}
     hidden: Terms = {"weights": zero, "matmul": zero}
@@ -363,6 +378,13 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
         hidden["weights"] = hidden["weights"] + np.where(reading, 0.0, reads)
         hidden["matmul"] = hidden["matmul"] + np.where(reading, works, 0.0)
     return Pass(terms, hidden, zero)
+
+
+def _narrow(s: Setup, tokens: Array) -> Array | float:
+    """How much longer a CPU's matrix work on few tokens takes than its share of that on many."""
+    if not s.hardware.cpu:
+        return 1.0
+    return 1.0 + (s.factors.narrow - 1.0) * NARROW_TOKENS / (NARROW_TOKENS + tokens - 1.0)
 
 
 def _head_bytes(s: Setup) -> float:
