@@ -183,16 +183,22 @@ def next_lever(run: RunView) -> Json | None:
     """The change of a setting or of the load that helps most where it is lacking: the time that misses its objective, or
     else output per accelerator.  None where none of those predicted helps."""
     _, base, _ = decision.price(run)
-    found = decision.decide(run)
-    missed = [c.metric.partition("_")[0] for row in found.held for c in row.checks if c.status == decision.MISSES]
     rows = [row for row in view.items(run.summary, "levers") if view.text(row, "kind") != "hardware"]
-    metric = next((f"{name}_s" for name in missed if f"{name}_s" in ("ttft_s", "itl_s")), "")
-    if metric:
+    if metric := _missed(run):
         rows = [row for row in rows if view.num(row, "times", metric) < 1 - LEAST_GAIN]
         return min(rows, key=lambda row: (view.num(row, "times", metric), view.text(row, "name")), default=None)
     rows = [row for row in rows if _per_gpu(row, base) > 1 + LEAST_GAIN]
     settings = [row for row in rows if view.text(row, "kind") == "setting"]
     return max(settings or rows, key=lambda row: (_per_gpu(row, base), view.text(row, "name")), default=None)
+
+
+_TIMES = {"itl_s": "time between tokens", "ttft_s": "time to first token"}
+
+
+def _missed(run: RunView) -> str:
+    """The time that misses its objective at the point that is judged; "" where none does."""
+    checks = (check for row in decision.decide(run).held for check in row.checks if check.status == decision.MISSES)
+    return next((key for check in checks if (key := f"{check.metric.partition('_')[0]}_s") in _TIMES), "")
 
 
 def lever_sentence(run: RunView) -> str:
@@ -206,10 +212,11 @@ def lever_sentence(run: RunView) -> str:
     else:
         was = view.num(best[1], "output_tokens_per_s") if best else NAN
         told = [f"{units.ratio(view.num(row, 'times', 'output_tokens_per_s'))} the output tokens/s"]
-        told += [f"{units.ratio(v)} the {name}" for name, key in (("time between tokens", "itl_s"), ("time to first token", "ttft_s"))
+        told += [f"{units.ratio(v)} the {name}" for key, name in _TIMES.items()
                  if math.isfinite(v := view.num(row, "times", key)) and abs(v - 1) > LEAST_GAIN]  # fmt: skip
         here = units.rate(was * view.num(row, "times", "output_tokens_per_s"), "tokens", 2)
-        text = (f"Next best lever: {view.text(row, 'name')} ({view.text(row, 'note')}), predicted to give "
+        against = f" for the {_TIMES[metric]}, which misses its objective" if (metric := _missed(run)) else ""
+        text = (f"Next best lever{against}: {view.text(row, 'name')} ({view.text(row, 'note')}), predicted to give "
                 f"{', '.join(told[:-1])}{' and ' if told[:-1] else ''}{told[-1]}; here that would be about {here}.")  # fmt: skip
     return text + _other_hardware(run, best)
 

@@ -317,7 +317,7 @@ def test_two_sets_of_flags_of_a_real_engine_take_turns(ridgeline: Run, tmp_path:
     """llama.cpp with two slots and with one, started anew for each trial: what each ran at once tells that it got its flags."""
     (tmp_path / "s.yaml").write_text(
         f"engine: {{kind: llama.cpp, model: smollm2-135m, python: {LLAMA}, slots: 2}}\n"
-        "workload: {mode: closed, batch_sizes: [2], requests: 6, trials: 2, warmup: 1, input_tokens: 64, output_tokens: 16}\n"
+        "workload: {mode: closed, batch_sizes: [2], requests: 6, trials: 2, warmup: 1, input_tokens: 64, output_tokens: 48}\n"
         "variants: {two: {}, one: {args: [--parallel, '1']}}\n"
         "interleave: true\n"
     )
