@@ -435,9 +435,10 @@ def main() -> None:
         raise SystemExit(problem.code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(0) from None
+    except SystemExit as leaving:  # typer ends with 1 where nobody reads on, and marks the streams
+        if leaving.code == 1 and "Pacify" in type(sys.stdout).__name__:
+            raise SystemExit(0) from None
+        raise
     except Exception as problem:
         if isinstance(problem, OSError) and problem.errno in NO_ROOM:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it would be tried once more at the exit

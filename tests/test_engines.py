@@ -251,7 +251,9 @@ def launcher(fake: Callable[..., EngineSpec], tmp_path: Path) -> Iterator[tuple[
     process.stdout.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.full) for n in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_no_orphan_after(number: int, launcher: tuple[subprocess.Popen[str], int, str]) -> None:
     process, pid, url = launcher
     assert not gone(pid, within_s=0.3)

@@ -137,6 +137,7 @@ def test_the_same_runs_give_the_same_bytes() -> None:
     assert json.dumps(formats.data(runs)) == json.dumps(formats.data(runs))
 
 
+@pytest.mark.full
 def test_the_command_writes_each_form_of_two_real_runs(
     simulated: Callable[..., str], ridgeline: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -108,7 +108,7 @@ def test_a_phone_scrolls_no_page_sideways(show: Any, runs: list[RunView]) -> Non
 @pytest.mark.parametrize(
     ("text", "bypass"),
     [
-        (samples.HOSTILE, True), (samples.HOSTILE_LINK, False),
+        (samples.HOSTILE, True), pytest.param(samples.HOSTILE_LINK, False, marks=pytest.mark.full),
         pytest.param(samples.HOSTILE, False, marks=pytest.mark.full), pytest.param(samples.HOSTILE_LINK, True, marks=pytest.mark.full),
     ],
     ids=["markup, by escaping alone", "link, with the policy", "markup, with the policy", "link, by escaping alone"],
@@ -128,6 +128,7 @@ def test_a_corpus_of_texts_executes_nothing(show: Any) -> None:
     inert(show([samples.corpus(0, samples.whole())], bypass_csp=True))
 
 
+@pytest.mark.full
 def test_a_hostile_run_on_disk_executes_nothing(
     show: Any, simulated: Callable[..., str], ridgeline: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -366,7 +366,9 @@ def test_a_shared_prefix_is_hit_in_the_cache_and_said(
     assert {f["severity"] for f in point["findings"] if f["code"] == "V007"} == {"info"}
 
 
-@pytest.mark.parametrize("mode", [("--mode", "closed", "--batch-sizes", "3"), ("--rate", "15")])
+@pytest.mark.parametrize(
+    "mode", [("--mode", "closed", "--batch-sizes", "3"), pytest.param(("--rate", "15"), marks=pytest.mark.full)]
+)
 def test_a_session_keeps_its_order_and_its_think_time(
     mode: tuple[str, ...], simulated: Callable[..., str], ridgeline: Run, tmp_path: Path
 ) -> None:

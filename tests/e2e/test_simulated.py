@@ -25,6 +25,7 @@ def fast(url: str, *more: str) -> tuple[str, ...]:
     return ("run", "--url", url, "--output-tokens", "12", "--input-tokens", "64", "--no-report", *more)
 
 
+@pytest.mark.full
 def test_the_law_of_the_simulator_is_recovered(simulated: Callable[..., str], ridgeline: Run) -> None:
     """TTFT = a + b·prompt, ITL = c + d·batch: four constants from two prompt lengths and three batch sizes."""
     url = simulated(*LAW)
@@ -80,7 +81,7 @@ def test_json_is_one_object_with_every_promised_figure(
     ("serves", "told"),
     [
         ((), ("--model-config", str(ROOT / "scenarios" / "llama-3.1-8b.config.json"))),
-        ((), ("--model-config", "Llama-3.1-8B")),
+        pytest.param((), ("--model-config", "Llama-3.1-8B"), marks=pytest.mark.full),
         (("--model", "meta-llama/Llama-3.1-8B-Instruct"), ()),
     ],
     ids=["by its configuration", "by a name of the catalogue", "by the name it is served under"],
@@ -188,7 +189,9 @@ def wait_for_records(folder: Path) -> None:
     pytest.fail("no records came")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full)]
+)
 def test_a_signal_ends_the_run_with_a_partial_report(
     number: int, code: int, simulated: Callable[..., str], tmp_path: Path
 ) -> None:

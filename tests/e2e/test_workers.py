@@ -30,7 +30,9 @@ def played(ridgeline: Callable[..., Any], url: str, *more: str) -> dict[str, Any
     return one_object(done.stdout)
 
 
-@pytest.mark.parametrize("shape", ["wave", "open", pytest.param("closed", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "shape", ["wave", *(pytest.param(shape, marks=pytest.mark.full) for shape in ("open", "closed"))]
+)
 def test_two_workers_give_the_counts_and_latencies_of_one(
     shape: str, simulated: Callable[..., str], ridgeline: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -61,6 +63,7 @@ def test_waves_of_two_workers_start_together(
             assert sent.min() > t.end_s[t.wave == wave - 1].max()
 
 
+@pytest.mark.full
 def test_the_turns_of_a_session_stay_in_order_on_one_of_two_workers(
     simulated: Callable[..., str], ridgeline: Callable[..., Any], tmp_path: Path
 ) -> None:
