@@ -7,15 +7,18 @@ import ctypes
 import os
 import signal
 
-M_MMAP_THRESHOLD = -3  # <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 LARGE_BYTES = 2**20
+SPARE_BYTES = 2**24  # kept: to give back and take again what each answer needs would cost more than to stamp it
 
 
 def return_memory() -> None:
     """Have the C library (glibc) give large blocks back to the system when they are freed.  By itself it keeps them, once
     it has seen some, and a few answers out of all bounds would leave the process large for the rest of a run."""
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, SPARE_BYTES)
 
 
 def give_share(pid: int) -> None:

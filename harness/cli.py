@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import os
@@ -426,6 +427,7 @@ def main() -> None:
     redaction.quiet_logs()
     # Imports make many objects that stay: to look them over again and again costs a tenth of the start.
     gc.set_threshold(100_000)
+    atexit.register(gc.freeze)  # nor does what is left need looking over once more at the exit
     try:
         app()
     except RidgelineError as problem:

@@ -8,6 +8,7 @@ generator loses none that reached the pipe.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import select
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # this process needs no event loop
 
 FLUSH_S = 0.05
 SYNC_S = 1.0
+READ_BYTES = 2**20
 WHOLE_TEXTS, SHORT_CHARS = 200, 160  # so many different messages are kept whole
 _HEAD = struct.Struct("<IcI")  # frame length after this field, kind, header length
 
@@ -135,18 +137,21 @@ def main(path: str) -> int:
     os.set_blocking(0, True)
     give_way()
     return_memory()
+    gc.freeze()  # the modules stay: they need not be looked over with each collection
     out = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     if not os.fstat(out).st_size:
         os.write(out, journal.MAGIC)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     pending, ready, dealt = bytearray(), bytearray(), 0
+    into = bytearray(READ_BYTES)  # once: a fresh one for each read would be mapped and unmapped each time
     flushed_s = time.monotonic()
     threading.Thread(target=_sync, args=(out,), daemon=True).start()  # a slow disk must not hold up what comes next
     while True:
         readable = select.select([0], [], [], FLUSH_S)[0]
-        data = os.read(0, 1 << 20) if readable else b""
-        pending += data
+        got = os.readv(0, [into]) if readable else 0
+        with memoryview(into) as view:
+            pending += view[:got]
         at = 0
         with memoryview(pending) as view:
             while at + 4 <= len(view) and (end := at + 4 + int.from_bytes(view[at : at + 4], "little")) <= len(view):
@@ -157,9 +162,9 @@ def main(path: str) -> int:
         del pending[:at]
         dealt += at
         now_s = time.monotonic()
-        if ready and (now_s - flushed_s > FLUSH_S or not readable or not data):
+        if ready and (now_s - flushed_s > FLUSH_S or not readable or not got):
             flushed_s = _flush(out, ready, dealt)
-        if readable and not data:
+        if readable and not got:
             break
     os.fsync(out)
     return 0

@@ -28,7 +28,7 @@ from harness.records import NAN, RidgelineError
 
 clock = time.perf_counter  # CLOCK_MONOTONIC on Linux: shared by all processes of one machine
 
-EVENT_LEAST_BYTES = 8  # no event is shorter: so many bytes at least lie between looks at how many events came
+LOOK_BYTES = 64  # an event of text is longer: how many came is looked at when so many bytes for each allowed one have
 LAST_CHUNK = b"0\r\n\r\n"  # how a chunked message without trailers ends (RFC 9112, 7.1); text may look like it
 DONE_LAST = b"[DONE]\n\n\r\n" + LAST_CHUNK  # what no text can look like: in JSON a line feed is escaped
 MARKERS = (b"data: [DONE]", b"data:[DONE]")  # how a stream ends
@@ -136,7 +136,7 @@ class Exchange:
         self.tag = tag
         self.payload = payload
         self.max_events, self.max_bytes = most_events(output_tokens), most_bytes(output_tokens)
-        self.look_at = EVENT_LEAST_BYTES * self.max_events
+        self.look_at = LOOK_BYTES * self.max_events
         self.reads: list[bytes] = []
         self.stamps_s = array("d")
         self.size = self.events = self.since_event = self.status = 0
@@ -310,7 +310,7 @@ class Wire(asyncio.Protocol):
         """The limits of an answer that is larger than usual."""
         fresh = b"".join(exchange.reads[exchange.counted :])
         exchange.counted = len(exchange.reads)
-        exchange.look_at = exchange.size + EVENT_LEAST_BYTES * max(100, exchange.max_events - exchange.events)
+        exchange.look_at = exchange.size + LOOK_BYTES * max(100, exchange.max_events - exchange.events)
         if not exchange.status:
             if exchange.size > HEAD_BYTES:
                 self.finish("malformed_http", f"more than {HEAD_BYTES} bytes of header")
