@@ -50,8 +50,9 @@ def give_way() -> None:
     turn of the engine's would be late.  Cores are shared by sessions where the system groups them (autogroup)."""
     with contextlib.suppress(OSError):
         os.nice(YIELD)
-    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as group:
-        group.write(str(YIELD))
+    if os.getsid(0) == os.getpid():  # else it would be the session of whoever started us
+        with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as group:
+            group.write(str(YIELD))
 
 
 def pass_on(source: int, secrets: list[bytes]) -> None:
