@@ -109,7 +109,9 @@ def test_a_margin_below_the_noise_is_refused_and_a_default_one_gives_way() -> No
     assert all(row["margin"] > 0.05 and any("widened" in note for note in row["notes"]) for row in found["answers"])
     loud = gated(BASE, BASE, noise=noise(BASE["fingerprint"], ["b1", "b4"], 0.2))
     assert loud["code"] == 0 and all(any("sleeps" in note for note in row["notes"]) for row in loud["answers"])
-    broken = gated(BASE, figures({"b1": trials(), "b4": trials(6.0)}), noise=noise(BASE["fingerprint"], ["b1", "b4"], 0.2))
+    broken = gated(
+        BASE, figures({"b1": trials(), "b4": trials(6.0)}), noise=noise(BASE["fingerprint"], ["b1", "b4"], 0.2)
+    )
     assert broken["code"] == 3  # what is many times worse is seen even so
 
 
