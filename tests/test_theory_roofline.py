@@ -43,6 +43,14 @@ def test_a_law_is_found_by_the_beginning_of_a_name_and_an_a10_is_no_a100():
     assert kernels.measured_itself(A100)
 
 
+def test_few_tokens_at_a_time_are_slow_on_a_cpu_and_many_are_not():
+    cpu = setup(gpu=replace(H100, measured=True), factors=roofline.Factors(narrow=2.4))
+    assert cpu.hardware.cpu
+    shares = roofline._narrow(cpu, np.array([1.0, 2.0, 4.0, 7.0, 512.0]))
+    assert shares[0] == 2.4 and shares[3] == pytest.approx(1.7) and shares[4] == pytest.approx(1.0, abs=1e-3)
+    assert all(np.diff(shares) < 0)
+
+
 def test_slower_memory_of_the_same_chip_reaches_a_larger_share():
     shares = [kernels.law(hardware.find(n), "gemm", "bf16").bandwidth for n in ("A100-SXM-40GB", "A100-SXM-80GB")]
     assert shares[0] > shares[1]

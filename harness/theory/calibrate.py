@@ -31,7 +31,8 @@ NOISE = 0.04  # ln(repeat / repeat) of the same cell on the same server
 # How far a factor lies from 1 between servers (standard deviation of its logarithm; `slot`: of itself).
 WIDTH = {"compute": 0.2, "bandwidth": 0.15, "kv": 0.5, "overhead": 0.7, "link": 0.7, "queue": 0.7, "request": 1.0,
          "narrow": 0.4, "slot": 0.7}  # fmt: skip
-CPU_COMPUTE = 0.7  # the width of `compute` on a CPU: what numpy reaches there says little of an engine's own kernels
+# On a CPU: what numpy reaches there says little of an engine's own kernels, and of how many cores it works with.
+CPU_WIDTH = {"compute": 0.7, "bandwidth": 0.7}
 NAMES = tuple(f.name for f in fields(Factors))
 TOLD = ("ttft_ms", "tpot_ms", "e2e_s", "out_tps")  # what is fitted, where it was measured
 QUEUED = 0.15  # ln of how far a TTFT under load lies from any model of the queue
@@ -106,7 +107,7 @@ def calibrate(rows: pd.DataFrame, where: str) -> Calibration:
 def _fit(cells: _Cells, hardware: str, models: tuple[str, ...]) -> Calibration:
     free = _free(cells)
     cpu = any(case.hardware.cpu for case, _, _ in cells.parts)
-    widths = WIDTH | {"compute": CPU_COMPUTE} if cpu else WIDTH
+    widths = WIDTH | CPU_WIDTH if cpu else WIDTH
     start, width = np.array([0.0] * len(NAMES)), np.array([widths[n] for n in NAMES])
 
     def spread_out(x: Array) -> Array:

@@ -54,9 +54,9 @@ LIMIT_OF = {
     "draft": "memory_bandwidth",
 }
 
-# A CPU's vector kernels come near the rate of its matrix kernels over so many tokens at a time.  From one machine: llama.cpp
-# with Q4_1 on two EPYC cores, 10 ms a token at batch 1 and 7 at 8, beside 3.1 in a prefill of 350.
-NARROW_TOKENS = 12
+# A CPU's vector kernels are half way to the rate of its matrix kernels at one and so many tokens.  From one machine: llama.cpp
+# with Q4_1 on two EPYC cores takes 9.9, 9.5, 8.9 and 5.7 ms a token at batch 1, 2, 4 and 8, beside 4.3 of a wide product.
+NARROW_TOKENS = 6
 SMALL_KERNELS = 6  # a layer beside its matrices and attention: two norms, rotary, cache write, activation, residual
 SMALL_KERNEL_S = 1.5e-6  # each, replayed from a graph
 
@@ -394,7 +394,7 @@ def _narrow(s: Setup, tokens: Array) -> Array | float:
     """How much longer a CPU's matrix work on few tokens takes than its share of that on many."""
     if not s.hardware.cpu:
         return 1.0
-    return 1.0 + (s.factors.narrow - 1.0) * NARROW_TOKENS / (NARROW_TOKENS + tokens - 1.0)
+    return 1.0 + (s.factors.narrow - 1.0) / (1.0 + ((tokens - 1.0) / NARROW_TOKENS) ** 2)
 
 
 def _head_bytes(s: Setup) -> float:
