@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,6 +28,11 @@ class Framework:
     `pool`: share of the memory taken in advance, of "all" of it or for the "cache" alone; 0: as needed.  `chunk`: most
     prompt tokens of a pass.  `mixed`: prefills run in the passes of decoding steps.  `layered`: several accelerators
     hold layers each and work in turn.  `all_logits`: the prefill computes those of every prompt token (releases before LAST_LOGITS).
+
+    `copied`: a step writes the whole cache anew (torch.cat) and repeats its heads for every query head before it attends
+    (repeat_kv of transformers' modeling_llama.py).  `widen_above`: with more tokens than that a pass first writes narrow
+    weights out in 16 bit (exllama's MAX_Q_GEMM_ROWS; bitsandbytes' gemv is for one token; AutoAWQ's heuristic).
+    `cache_copies`: of the cache that are there at the peak of memory: two in releases before DYNAMIC_CACHE.
     """
 
     name: str
@@ -51,6 +57,9 @@ class Framework:
     mixed: bool = True
     layered: bool = False
     all_logits: bool = False
+    copied: bool = False
+    widen_above: float = math.inf
+    cache_copies: float = 1.0
 
 
 # Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
@@ -147,7 +156,13 @@ def named(name: str | None) -> str:
 # overlapped scheduler, TensorRT-LLM's PyTorch backend.  Static batches with them have the host's cost of served ones.
 CPU_CHUNK = 2048  # tokens of a pass on a CPU: vLLM's max_num_batched_tokens there, llama.cpp's n_batch
 LAST_LOGITS = (4, 45)  # since this release transformers' generate() computes a prompt's last logits only
-OVERLAPPED = {"vllm": (0, 8), "sglang": (0, 4), "tensorrt-llm": (1, 0)}
+# Since this one each layer replaces its own cache; before it the old caches of all layers live until the step has ended.
+DYNAMIC_CACHE = (4, 36)
+# The release with which transformers began to know a family, where it is later than those two.
+KNOWN_SINCE = {"qwen2": (4, 37), "gemma": (4, 38), "phi3": (4, 41), "gemma2": (4, 42), "qwen3": (4, 51), "gemma3": (4, 50),
+               "qwen3_moe": (4, 51), "gpt_oss": (4, 55)}  # fmt: skip
+# transformers: with bitsandbytes 0.45, whose kernels launch less.
+OVERLAPPED = {"vllm": (0, 8), "sglang": (0, 4), "tensorrt-llm": (1, 0), "transformers": (4, 46)}
 
 
 def overlapped(name: str | None) -> bool:
@@ -161,11 +176,15 @@ def release(name: str | None) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def find(name: str | None, hardware: Hardware, dtype: str = "", *, offline: bool = False) -> Framework:
-    """The row for a framework on this hardware with weights of this dtype; `offline`: as public static batches ran."""
+def find(
+    name: str | None, hardware: Hardware, dtype: str = "", *, offline: bool = False, family: str = ""
+) -> Framework:
+    """The row for a framework on this hardware with weights of this dtype; `offline`: as public static batches ran, most
+    of which without a release named are of 2023, as far as the model's `family` was known then."""
     row = _find(named(name), hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name))
-    old = (release(name) or LAST_LOGITS) < LAST_LOGITS
-    return replace(row, all_logits=row.all_logits and old, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
+    ran = release(name) or (KNOWN_SINCE.get(family, (4, 0)) if offline else (99, 0))
+    row = replace(row, all_logits=row.all_logits and ran < LAST_LOGITS, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
+    return replace(row, cache_copies=2.0) if row.copied and ran < DYNAMIC_CACHE else row
 
 
 def _width(dtype: str) -> str:

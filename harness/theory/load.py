@@ -102,9 +102,10 @@ def _round(s: Setup, size: Array, tokens: Array, output: Array, cached_share: fl
     return prefill, step, prefill.total + (output - 1) * step.total
 
 
-# Lengths are nominal (benchmarks draw them from 0.8 to 1 of it), the share of memory is often raised, the cache quantized:
-# only a clear excess over what fits is taken to wait.
-SLACK = 1.35
+# Lengths are nominal: benchmarks draw them from 0.8 to 1 of it, 0.9 on average.
+SLACK = 1.1
+# The share of memory is often raised, the cache quantized: only a clear excess over what fits is taken to wait.
+CLEAR = 1.35
 WAVES = 10  # requests for each of the clients in a closed loop, where nothing else is known: benchmarks' usual choice
 
 
@@ -122,13 +123,14 @@ def closed(
     running = np.clip(clients, 1.0, np.maximum(slots, 1.0))
     prefill, step, itl = _served(s, running, tokens, output, cached_share)
     own, decoding = prefill.total, total(itl) * np.maximum(output - 1, 0)
-    wait = _queue(own, decoding, running) + (running - 1) / 2 * own / waves
+    others = (running - 1) / s.dp  # replicas of the attention prefill a prompt each in the same pass
+    wait = _queue(own, decoding, others + 1) + others / 2 * own / waves
     ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait * s.factors.queue}
     ttft["host"] = ttft["host"] + s.framework.request_s * s.factors.request
     if s.factors.slot:
         ttft["waiting for a slot"] = s.factors.slot * decoding / np.maximum(clients - 1, 1)
     cycle = total(ttft) + decoding
-    waiting = np.maximum(clients / running - 1, 0.0) * cycle
+    waiting = np.maximum(clients / np.maximum(running * CLEAR / SLACK, 1.0) - 1, 0.0) * cycle
     if np.any(waiting > 0):
         ttft["waiting for memory"] = waiting
     return _loaded(s, ttft, itl, prefill, step, clients, cycle * clients / running, running, largest, tokens, output)
@@ -144,7 +146,7 @@ def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share:
         prefill, step, itl = _served(s, running, tokens, output, cached_share)
         found = rate * (prefill.total + total(itl) * np.maximum(output - 1, 0))
         running = np.clip(0.5 * (running + found), 1.0, np.maximum(slots, 1.0))
-    load = rate * prefill.total
+    load = rate / s.dp * prefill.total
     saturated = (found > slots * (1 + 1e-3)) | (load >= 1)
     wait = np.where(saturated, np.inf, load * prefill.total / (2 * np.maximum(1 - load, 1e-9))) * s.factors.queue
     ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait}
@@ -169,7 +171,7 @@ def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share
         # Behind the reads there is only the room that the step's own matrix work leaves: none beyond the ridge.
         taken = np.minimum(step.terms["weights"], step.hidden["matmul"])
         shared = sum(step.terms[k] for k in once if k in step.terms) - taken
-    itl = {**step.terms, "prefills of others": (running - 1) / output
+    itl = {**step.terms, "prefills of others": (running - 1) / s.dp / output
            * np.maximum(own - passes_for(s, tokens) * shared, 0.3 * own)}  # fmt: skip
     plain, stream = total(itl), running * s.framework.stream_s * s.factors.overhead
     itl["stream"] = kernels.smooth_max(plain, stream, 3.0) - plain

@@ -80,7 +80,7 @@ def peak_terms(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str
         taken = np.minimum(whole * s.framework.pool + cache_only, 0.98 * whole)
         return terms | {"reserved": np.maximum(taken - terms["weights"], 0.0)}
     logits = batch * tokens if s.framework.all_logits else batch
-    terms["kv cache"] = batch * s.model.kv_bytes(tokens + output, s.kv_dtype) * s.kv_copies
+    terms["kv cache"] = batch * s.model.kv_bytes(tokens + output, s.kv_dtype) * s.kv_copies * s.framework.cache_copies
     return terms | {"activations": s.gpus * activation_bytes(s, batch * tokens, logits)}
 
 
