@@ -33,6 +33,7 @@ class Framework:
     (repeat_kv of transformers' modeling_llama.py).  `widen_above`: with more tokens than that a pass first writes narrow
     weights out in 16 bit (exllama's MAX_Q_GEMM_ROWS; bitsandbytes' gemv is for one token; AutoAWQ's heuristic).
     `cache_copies`: of the cache that are there at the peak of memory: two in releases before DYNAMIC_CACHE.
+    `sequences`: most in a step (vLLM's max_num_seqs).
     """
 
     name: str
@@ -60,6 +61,7 @@ class Framework:
     copied: bool = False
     widen_above: float = math.inf
     cache_copies: float = 1.0
+    sequences: float = math.inf
 
 
 # Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
@@ -99,10 +101,10 @@ SPELLINGS = {
     "aphrodite": "vllm",
     "lorax": "vllm",
     "deepspeed": "deepspeed",
-    "gpt-fast": "compiled",
-    "gptfast": "compiled",
-    "torchao": "compiled",
-    "torch.compile": "compiled",
+    "gpt-fast": "gpt-fast",
+    "gptfast": "gpt-fast",
+    "torchao": "gpt-fast",
+    "torch.compile": "gpt-fast",
     "mlc": "compiled",
     "jax": "compiled",
     "jetstream": "compiled",
@@ -184,7 +186,15 @@ def find(
     row = _find(named(name), hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name))
     ran = release(name) or (KNOWN_SINCE.get(family, (4, 0)) if offline else (99, 0))
     row = replace(row, all_logits=row.all_logits and ran < LAST_LOGITS, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
+    if named(name) == "vllm":
+        large, new = _large(hardware), (release(name) or OVERLAPPED["vllm"]) >= OVERLAPPED["vllm"]
+        row = replace(row, sequences=1024.0 if large and new else 256.0, chunk=row.chunk if large or not new else 2048)
     return replace(row, cache_copies=2.0) if row.copied and ran < DYNAMIC_CACHE else row
+
+
+def _large(hardware: Hardware) -> bool:
+    """Whether vLLM's server takes its larger defaults (vllm/engine/arg_utils.py of 0.8 and later, Apache-2.0)."""
+    return hardware.mem_bytes >= 75e9 and not hardware.name.startswith("A100")
 
 
 def _width(dtype: str) -> str:

@@ -119,7 +119,7 @@ def closed(
     Schweitzer 1979, with constant service), and the first of its client's `waves` requests waits behind half of the
     others.  Where the cache does not hold all, the rest wait for a slot.
     """
-    slots, largest = _slots(s, tokens, output)
+    slots, largest = _slots(s, tokens, output, cached_share)
     running = np.clip(clients, 1.0, np.maximum(slots, 1.0))
     prefill, step, itl = _served(s, running, tokens, output, cached_share)
     own, decoding = prefill.total, total(itl) * np.maximum(output - 1, 0)
@@ -140,7 +140,7 @@ def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share:
     """`rate` requests a second by the clock, Poisson: what is in flight follows by Little's law, and a prompt waits as in
     M/G/1 with the prefills' share of the time as its load (Pollaczek-Khinchine, service constant).  Beyond saturation
     the queue grows without end: the waiting is infinite."""
-    slots, largest = _slots(s, tokens, output)
+    slots, largest = _slots(s, tokens, output, cached_share)
     running = np.ones_like(tokens)
     for _ in range(40):  # damped; it climbs to the least fixed point, or to the slots where there is none below
         prefill, step, itl = _served(s, running, tokens, output, cached_share)
@@ -154,10 +154,14 @@ def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share:
     return _loaded(s, ttft, itl, prefill, step, np.full_like(tokens, rate), seconds, running, largest, tokens, output)
 
 
-def _slots(s: Setup, tokens: Array, output: Array) -> tuple[Array, Array]:
-    """(sequences that the cache holds while each is on average half generated, whole ones that fit for certain)."""
+def _slots(s: Setup, tokens: Array, output: Array, cached_share: float) -> tuple[Array, Array]:
+    """(sequences that the cache holds while each is on average half generated, or that come up while one is generated
+    where a step takes no more than a chunk of prompts; whole ones that fit for certain)."""
     half = s.model.kv_bytes(tokens + output / 2, s.kv_dtype) * s.kv_copies
-    return np.maximum(SLACK * memory.kv_space_bytes(s) / half, 0.0), memory.largest_batch(s, tokens + output)
+    slots = np.minimum(SLACK * memory.kv_space_bytes(s) / half, s.framework.sequences * s.dp)
+    if s.framework.mixed:
+        slots = np.minimum(slots, 1 + s.dp * s.framework.chunk * output / (tokens * (1 - cached_share)))
+    return np.maximum(slots, 0.0), memory.largest_batch(s, tokens + output)
 
 
 def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Pass, Terms]:

@@ -43,7 +43,8 @@ def kv_space_bytes(s: Setup) -> float:
     largest pass and the runtime leave, as vLLM finds it by a trial pass when it starts."""
     if not math.isnan(s.memory.kv_bytes):
         return s.memory.kv_bytes * s.gpus
-    taken = usable_bytes(s.hardware) * s.gpus * s.memory.share - s.model.weight_bytes(s.dtype)
+    share = s.memory.share if s.framework.pool else 1.0  # without a pool it takes what it needs
+    taken = usable_bytes(s.hardware) * s.gpus * share - s.model.weight_bytes(s.dtype)
     if s.hardware.measured:
         return taken
     passing = float(activation_bytes(s, s.memory.batched_tokens or s.framework.chunk, SEQUENCES)) + CONTEXT_BYTES
