@@ -156,6 +156,9 @@ def named(name: str | None) -> str:
 
 # Since these releases (early 2025) their loops overlap the host with the accelerator by default: vLLM's V1 engine, SGLang's
 # overlapped scheduler, TensorRT-LLM's PyTorch backend.  Static batches with them have the host's cost of served ones.
+# A launch takes a desktop's CPU, beside which these cards sit, less time than a server's, and a T4's old servers more: half way
+# (in the logarithm) to bitsandbytes' benchmarks on one machine each (0.43 and 1.5 times an H100's).
+HOST = {"RTX-40": 0.65, "RTX-50": 0.65, "T4": 1.22}
 CPU_CHUNK = 2048  # tokens of a pass on a CPU: vLLM's max_num_batched_tokens there, llama.cpp's n_batch
 LAST_LOGITS = (4, 45)  # since this release transformers' generate() computes a prompt's last logits only
 # Since this one each layer replaces its own cache; before it the old caches of all layers live until the step has ended.
@@ -189,6 +192,8 @@ def find(
     if named(name) == "vllm":
         large, new = _large(hardware), (release(name) or OVERLAPPED["vllm"]) >= OVERLAPPED["vllm"]
         row = replace(row, sequences=1024.0 if large and new else 256.0, chunk=row.chunk if large or not new else 2048)
+    hosted = next((v for prefix, v in HOST.items() if hardware.name.startswith(prefix)), 1.0)
+    row = replace(row, launch_s=row.launch_s * hosted)
     return replace(row, cache_copies=2.0) if row.copied and ran < DYNAMIC_CACHE else row
 
 
