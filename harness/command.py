@@ -379,11 +379,14 @@ def _predicted_text(inputs: Mapping[str, Any], scenario: Scenario, batch: int) -
     if sizes[0] is None or sizes[1] is None:
         return "no prediction: only a file knows the lengths"
     model, row = model_from(inputs["model"]), from_row(inputs["hardware"])
-    found = predict(
-        model, row, batch=batch, input_tokens=sizes[0], output_tokens=sizes[1], dtype=t.dtype,
-        kv_dtype=t.kv_dtype, tp=t.tp, pp=t.pp, mode=w.mode, framework=t.framework or scenario.engine.kind,
-        calibration=from_dict(inputs["calibration"], "run.json") if inputs["calibration"] else None,
-    )  # fmt: skip
+    try:
+        found = predict(
+            model, row, batch=batch, input_tokens=sizes[0], output_tokens=sizes[1], dtype=t.dtype,
+            kv_dtype=t.kv_dtype, tp=t.tp, pp=t.pp, mode=w.mode, framework=t.framework or scenario.engine.kind,
+            calibration=from_dict(inputs["calibration"], "run.json") if inputs["calibration"] else None,
+        )  # fmt: skip
+    except RidgelineError as problem:
+        return f"no prediction: {problem}"
     if not found.fits:
         need, have = units.size(model.weight_bytes(t.dtype), 3), units.size(row.mem_bytes * t.tp, 3)
         return f"does not fit: {need} of weights and the KV cache of one request, in {have}"

@@ -14,7 +14,7 @@ from harness.slo import Limit, pair, parts
 
 # Exit codes (README); a gate says the first that holds.
 ENGINE, REGRESSED, INVALID, UNDECIDED, INCOMPARABLE = 6, 3, 5, 4, 7
-WIDEST = 0.25  # a gate whose default margin had to be wider would be asleep
+WIDEST = 0.25  # of a default margin that gave way: beyond it that is said
 NO_BASELINE = "baseline"  # among `allow`: without a baseline only limits are held
 
 
@@ -197,12 +197,14 @@ def _widened(asked: Asked, family: int, options: Options) -> Asked:
     if question.margin >= least:
         return asked
     given = asked.metric in options.margins or asked.metric.rpartition("_")[0] in options.margins
-    if given or least > WIDEST:
+    if given:
         wanted = f"--margin {asked.metric}: {units.percent(question.margin, 3)} at {asked.point}"
         raise RidgelineError(f"{wanted} is below what {trials} trials can detect at the stored noise ({units.percent(least, 3)}); "
                              "give a larger one, more trials, or a noise level of more runs")  # fmt: skip
     wider = dataclasses.replace(question, margin=least)
     note = f"margin widened from {units.percent(question.margin, 3)} to what this noise lets be detected"
+    if least > WIDEST:
+        note += ": a gate that sleeps; more trials, longer ones or a quieter machine would wake it"
     return dataclasses.replace(asked, question=wider, notes=(*asked.notes, note))
 
 

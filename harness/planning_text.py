@@ -21,17 +21,13 @@ BINDINGS = {
 }
 
 
-def usd(value: float, digits: int = 3) -> str:
-    """US dollars: usd(0.064) is "$0.0640", usd(1.4) "$1.40", usd(2153.5) "$2,154"; "price unknown" where there is none."""
-    if units.is_missing(value):
-        return "price unknown"
-    if value < 1e-3 or value >= 1000:
-        return f"${units.number(value, digits)}"
-    return f"${value:#.{digits}g}".rstrip(".")
+def usd(value: float | None, digits: int = 3) -> str:
+    """As `units.usd`; "price unknown" where there is none."""
+    return units.usd(value, digits, "price unknown")
 
 
 def span_usd(span: Span) -> str:
-    return units.interval(span.low, span.high, lambda v: usd(v if v is not None else math.nan))
+    return units.interval(span.low, span.high, usd)
 
 
 def label(name: str) -> str:

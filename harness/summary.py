@@ -72,7 +72,8 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         row["findings"] = [dataclasses.asdict(f) for f in findings]
         points.append(row)
     ended = sum(tally.requests for tally in tallies.values())
-    findings = _run_findings(run, state, ended, notes, model, hardware)
+    refused = _refused(asked, model, hardware)
+    findings = _run_findings(run, state, ended, notes, model, hardware, refused)
     findings += [] if run.get("imported") else checks.absent_senses(server.senses(samples))
     best = _best(points)
     worth = _worth(run, hardware)
@@ -178,6 +179,17 @@ def _predicted(row: Mapping[str, Any], workload: Mapping[str, Any], asked: Mappi
     return found
 
 
+def _refused(asked: Mapping[str, Any], model: Model | None, hardware: Hardware | None) -> str:
+    """Why theory has nothing to say of this model, split and stored so, on this hardware; empty where it has."""
+    if model is None or hardware is None:
+        return ""
+    try:
+        predict(model, hardware, batch=1, input_tokens=1, output_tokens=1, **asked)
+    except RidgelineError as problem:
+        return str(problem)
+    return ""
+
+
 def _load(row: Mapping[str, Any], workload: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a point asked of the server, as `predict` takes it.  The run knows what a prediction from outside must
     assume: its arrivals, how often each client asked, and the share of its prompts that the server had in its cache."""
@@ -267,7 +279,7 @@ def _of_planned(run: Mapping[str, Any], ended: int) -> str:
 
 
 def _run_findings(run: Mapping[str, Any], state: str, ended: int, notes: Sequence[str], model: Model | None,
-                  hardware: Hardware | None) -> list[Finding]:  # fmt: skip
+                  hardware: Hardware | None, refused: str) -> list[Finding]:  # fmt: skip
     found = []
     if state != "complete":
         said = "was interrupted" if state == "interrupted" else "did not end: it was killed or is still going on"
@@ -281,6 +293,9 @@ def _run_findings(run: Mapping[str, Any], state: str, ended: int, notes: Sequenc
         )
     for why in run.get("no_prediction", []) if model is None or hardware is None else []:
         found.append(Finding("R003", "info", why["saw"], "without it no figure can be held against theory", why["do"]))
+    if refused:
+        found.append(Finding("R003", "info", f"no prediction: {refused}", "without it no figure can be held against theory",
+                             "say with --tp, --dtype, --kv-dtype and --hardware what the server runs with"))  # fmt: skip
     for caveat in hardware.caveats if hardware else ():
         found.append(Finding("R004", "info", f"hardware row {hardware.name}: {caveat}",  # type: ignore[union-attr]
                              "a prediction is as good as its row", "measure the part that matters, or take another source"))  # fmt: skip

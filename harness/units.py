@@ -25,6 +25,15 @@ def is_missing(value: float | None) -> bool:
     return value is None or not math.isfinite(value)
 
 
+def usd(value: float | None, digits: int = 3, missing: str = MISSING) -> str:
+    """US dollars: usd(0.064) is "$0.0640", usd(1.4) "$1.40", usd(2153.5) "$2,154"."""
+    if value is None or not math.isfinite(value):
+        return missing
+    if value < 1e-3 or value >= 1000:
+        return f"${number(value, digits)}"
+    return f"${value:#.{digits}g}".rstrip(".")
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A bare number: number(12.3456) is "12.35", number(12345.6) is "12,346"."""
     if value is None or not math.isfinite(value):

@@ -107,8 +107,12 @@ def test_a_margin_below_the_noise_is_refused_and_a_default_one_gives_way() -> No
     assert told.value.code == 2
     found = gated(BASE, BASE, noise=level)
     assert all(row["margin"] > 0.05 and any("widened" in note for note in row["notes"]) for row in found["answers"])
-    with pytest.raises(RidgelineError, match="below what 5 trials can detect"):
-        gated(BASE, BASE, noise=noise(BASE["fingerprint"], ["b1", "b4"], 0.2))
+    loud = gated(BASE, BASE, noise=noise(BASE["fingerprint"], ["b1", "b4"], 0.2))
+    assert loud["code"] == 0 and all(any("sleeps" in note for note in row["notes"]) for row in loud["answers"])
+    broken = gated(
+        BASE, figures({"b1": trials(), "b4": trials(6.0)}), noise=noise(BASE["fingerprint"], ["b1", "b4"], 0.2)
+    )
+    assert broken["code"] == 3  # what is many times worse is seen even so
 
 
 def test_runs_that_took_turns_are_free_of_what_runs_differ_by() -> None:

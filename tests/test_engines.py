@@ -262,6 +262,11 @@ def test_no_orphan_after(number: int, launcher: tuple[subprocess.Popen[str], int
     assert gone(pid) and port_is_free(url)
 
 
+def test_an_engine_of_ours_gives_way_to_the_client(launcher: tuple[subprocess.Popen[str], int, str]) -> None:
+    process, pid, _ = launcher
+    assert psutil.Process(pid).nice() == min(19, psutil.Process(process.pid).nice() + 5)
+
+
 def test_the_engine_dies_with_its_warden(launcher: tuple[subprocess.Popen[str], int, str]) -> None:
     _, pid, url = launcher
     warden = psutil.Process(pid).ppid()

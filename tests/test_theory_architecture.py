@@ -199,8 +199,11 @@ def test_what_is_not_covered_is_refused_by_name(change, named):
 
 # Keys of every family at once, so that each has what it needs until one of them is changed.
 EVERYTHING = LLAMA_3_8B | {
-    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "decoder_sparse_step"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "n_shared_experts", "first_k_dense_replace"), 2),
+    **dict.fromkeys(
+        ("num_local_experts", "num_experts", "n_routed_experts", "decoder_sparse_step", "moe_num_experts"), 4
+    ),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "n_shared_experts", "first_k_dense_replace", "moe_k"), 2),
+    **dict.fromkeys(("moe_num_shared_experts", "moe_layer_start_index", "moe_layer_interval"), 1),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp"), 64),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 32),
     **dict.fromkeys(("n_embd", "n_layer", "n_head", "n_positions", "sliding_window_pattern"), 32),
@@ -247,6 +250,22 @@ def test_any_configuration_is_read_or_refused_in_one_sentence(change, family):
     assert model.params == sum(model.params_by_part.values())
     assert math.isfinite(model.weight_bytes())
     assert 0 < model.read_bytes(tokens=3.0) <= model.weight_bytes()
+
+
+def test_lists_by_layer_that_are_alike_are_one_number_and_others_are_refused():
+    """Hunyuan-A13B writes its experts so: `"moe_topk": [8, 8, ...]`."""
+    alike = EVERYTHING | {"model_type": "hunyuan_v1_moe", "moe_topk": [2] * 32, "moe_intermediate_size": [64] * 32}
+    assert from_config(alike).groups == from_config(EVERYTHING | {"model_type": "hunyuan_v1_moe"}).groups
+    with pytest.raises(RidgelineError, match="moe_topk that differs by layer"):
+        from_config(alike | {"moe_topk": [2, 4]})
+
+
+def test_windows_of_later_families_are_where_their_configurations_say():
+    """Three of four layers of OLMo 3 and EXAONE 4 see a window; the last layer of EXAONE 4 always sees everything."""
+    olmo = from_config(EVERYTHING | {"model_type": "olmo3", "sliding_window": 128, "num_hidden_layers": 8})
+    exaone = {"model_type": "exaone4", "sliding_window": 128, "sliding_window_pattern": "LLLG", "num_hidden_layers": 7}
+    assert {g.window: g.count for g in olmo.groups} == {128: 6, 0: 2}
+    assert {g.window: g.count for g in from_config(EVERYTHING | exaone).groups} == {128: 5, 0: 2}
 
 
 @pytest.mark.parametrize(("spelling", "dtype"), [("torch.bfloat16", "bf16"), ("half", "fp16"), ("FLOAT32", "fp32")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -35,6 +36,14 @@ def test_no_peak_includes_sparsity(row):
     for wide, narrow in halves:
         if wide in row.flops and narrow in row.flops and row.flops[narrow] > row.flops[wide]:
             assert row.flops[narrow] / row.flops[wide] <= 4.1
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_doubt_names_its_value_and_a_source_can_be_looked_up(row):
+    """No row rests on memory alone: what was not found is said value by value."""
+    assert row.notes.count("[unverified") == len(re.findall(r"\[unverified: [^\]]{2,}\]", row.notes))
+    assert "not checked" not in row.notes
+    assert re.search(r"\w\.\w+/|\w/\w|\d{4}\.\d|rows? \w|as [A-Z]", row.source), "an address, a repository or a row"
 
 
 def test_the_rows_that_the_articles_need_are_there():
@@ -82,6 +91,13 @@ def test_disputed_and_unverified_values_say_so(name):
         ("GeForce RTX 4090 24GB", "RTX-4090"),
         ("AMD Instinct MI300X OAM 192GB", "MI300X"),
         ("B200 192GB", "B200-SXM"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX-4070-Ti-SUPER"),
+        ("NVIDIA GeForce RTX 5070 Ti", "RTX-5070-Ti"),
+        ("DGX Spark", "GB10"),
+        ("Strix Halo", "Ryzen-AI-Max-395"),
+        ("AMD Radeon RX 7900 XT", "RX-7900-XT"),
+        ("TPU7x", "TPU-v7"),
+        ("trn3", "Trainium3"),
     ],
 )
 def test_a_name_or_an_alias_finds_its_row(asked, row):

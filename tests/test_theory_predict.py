@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.records import LIMITS, RidgelineError
-from harness.theory import hardware
+from harness.theory import catalogue, hardware
 from harness.theory.architecture import from_config
 from harness.theory.predict import plane, predict
 
@@ -195,6 +195,19 @@ def test_a_pcie_link_has_the_higher_floor():
 def test_what_makes_no_sense_is_refused(change, named):
     with pytest.raises(RidgelineError, match=named):
         at(**change)
+
+
+@pytest.mark.parametrize(("tp", "fits"), [(2, True), (5, True), (20, True), (4, False), (8, False)])
+def test_kv_heads_are_shared_whole_or_copied_as_engines_do(tp, fits):
+    """phi-4 has 40 heads and 10 KV heads: 4 and 8 divide the heads, and no engine would start with them."""
+    phi = catalogue.find("microsoft/phi-4")
+    if fits:
+        assert at(phi, A100, tp=tp).itl_s.value > 0
+        return
+    with pytest.raises(
+        RidgelineError, match=f"tp {tp} must divide the 10 KV heads of microsoft/phi-4 or be a multiple"
+    ):
+        at(phi, A100, tp=tp)
 
 
 # --- for every point --------------------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def pareto(runs: Sequence[RunView]) -> Charts:
         edge = any(row[0] == other[0] for other in frontier(_users(runs[k])))
         cost = decision.usd_per_million(runs[k], row[1])
         body.append([*([heading(names[k])] if many else []), heading(view.key_label(row[0], full=True)), Cell(units.number(row[2])), Cell(units.number(row[3])),
-                     Cell(decision.usd(cost)) if math.isfinite(cost) else Cell("no price known", style="missing"), Cell("yes" if edge else "no"),
+                     Cell(units.usd(cost)) if math.isfinite(cost) else Cell("no price known", style="missing"), Cell("yes" if edge else "no"),
                      stamp(view.verdict_of(row[1]))])  # fmt: skip
     fast, much = max((r for _, r in found), key=lambda r: r[2]), max((r for _, r in found), key=lambda r: r[3])
     if fast[0] == much[0]:
@@ -332,25 +332,23 @@ def _cost(run: RunView, place: int, name: str) -> Block | None:
     at = view.marked(key, point, full=True)
     if known:
         busy, half = (per_million(usd_per_h, gpus, rate * share) for share in (1.0, 0.5))
-        finding = f"At {decision.usd(usd_per_h)} an hour ({view.shorten(source, 80)}) and {at}, a million output tokens costs {decision.usd(busy)} if always busy and {decision.usd(half)} if busy half of the time"
+        finding = f"At {units.usd(usd_per_h)} an hour ({view.shorten(source, 80)}) and {at}, a million output tokens costs {units.usd(busy)} if always busy and {units.usd(half)} if busy half of the time"
         finding += (
-            f"; a million tokens of either kind {decision.usd(per_million(usd_per_h, gpus, total))}."
-            if total > 0
-            else "."
+            f"; a million tokens of either kind {units.usd(per_million(usd_per_h, gpus, total))}." if total > 0 else "."
         )
     else:
-        finding = f"{decision.NO_PRICE[:1].upper()}{decision.NO_PRICE[1:]}. At {at} each dollar an hour makes {decision.usd(per_million(1.0, gpus, rate))} for a million output tokens, if always busy."
+        finding = f"{decision.NO_PRICE[:1].upper()}{decision.NO_PRICE[1:]}. At {at} each dollar an hour makes {units.usd(per_million(1.0, gpus, rate))} for a million output tokens, if always busy."
     suffix = f"-{place}" if place else ""
     xs = [0.1 + 0.05 * k for k in range(19)]
     data = []
     for k, price in enumerate(prices):
         own = known and price == usd_per_h
         ink = charts.colour("measured" if own else "predicted")
-        data.append({"type": "scatter", "mode": "lines", "name": f"{decision.usd(price)}/h", "x": [100 * x for x in xs], "y": [per_million(price, gpus, rate * x) for x in xs],
+        data.append({"type": "scatter", "mode": "lines", "name": f"{units.usd(price)}/h", "x": [100 * x for x in xs], "y": [per_million(price, gpus, rate * x) for x in xs],
                      "line": {"color": ink, "width": 2.6 if own else 1.4, "dash": "solid" if own else ("dot", "dash", "dashdot", "longdash", "longdashdot")[k]},
-                     **charts.template(f"{decision.usd(price)}/h, busy %{{x:.0f}} % of the time", "$%{y:.3~g} for a million output tokens")})  # fmt: skip
+                     **charts.template(f"{units.usd(price)}/h, busy %{{x:.0f}} % of the time", "$%{y:.3~g} for a million output tokens")})  # fmt: skip
     head = [column("Price, an hour"), *(column(f"busy {units.percent(share)}") for share in SHARES)]
-    body = [[heading(decision.usd(price), "as known" if known and price == usd_per_h else ""), *(Cell(decision.usd(per_million(price, gpus, rate * share))) for share in SHARES)]
+    body = [[heading(units.usd(price), "as known" if known and price == usd_per_h else ""), *(Cell(units.usd(per_million(price, gpus, rate * share))) for share in SHARES)]
             for price in prices]  # fmt: skip
     notes = [
         f"Price × {gpus} accelerator{'' if gpus == 1 else 's'} / 3600 s / ({units.rate(rate, 'tokens')} × share of the time busy) × 1,000,000."

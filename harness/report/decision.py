@@ -199,13 +199,6 @@ def usd_per_million(run: RunView, point: Json, key: str = "output_tokens_per_s")
     return per_million(usd_per_h, many, view.num(point, key))
 
 
-def usd(value: float) -> str:
-    """ "$0.298"; "$1,234"."""
-    if not math.isfinite(value):
-        return units.MISSING
-    return f"${value:,.2f}" if 1 <= value < 1000 else f"${units.number(value, 3)}"
-
-
 def roof_share(run: RunView, point: Json) -> float:
     """Output tokens/s as a share of what physics allows at this point (its strict bound, else the plane's roof)."""
     was = view.num(point, "output_tokens_per_s")

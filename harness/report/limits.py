@@ -233,7 +233,7 @@ def _other_hardware(run: RunView, best: tuple[Key, Json] | None) -> str:
     per_h, _, _ = decision.price(run)
     if priced and math.isfinite(now):
         cost, row = min(priced, key=lambda pair: (pair[0], view.text(pair[1], "name")))
-        than = f"{decision.usd(now * cost / per_h)} instead of {decision.usd(now)} for a million output tokens"
+        than = f"{units.usd(now * cost / per_h)} instead of {units.usd(now)} for a million output tokens"
         word = (
             "Cheapest other hardware"
             if cost < per_h

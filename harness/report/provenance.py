@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from harness import units
 from harness.report import decision, view
 from harness.report.view import RunView
 
@@ -54,7 +55,7 @@ def _repeat(run: RunView, name: str) -> dict[str, Any]:
 def _price(run: RunView) -> str:
     """What an hour was taken to cost, and where that is from."""
     price, many, source = decision.price(run)
-    return f"{decision.usd(price)} an hour for each of {many} ({source})" if math.isfinite(price) else ""
+    return f"{units.usd(price)} an hour for each of {many} ({source})" if math.isfinite(price) else ""
 
 
 def _pretty(value: Any, indent: str = "") -> str:

@@ -147,9 +147,7 @@ def _cost(run: RunView, point: Json) -> tuple[str, str]:
         return "no price known", "give --price 1.2/h"
     each = f"{many} × " if many > 1 else ""
     source = view.shorten(source.partition(",")[0], 60)
-    return decision.usd(
-        decision.usd_per_million(run, point)
-    ), f"{each}{decision.usd(usd_per_h)}/h ({source}), always busy"
+    return units.usd(decision.usd_per_million(run, point)), f"{each}{units.usd(usd_per_h)}/h ({source}), always busy"
 
 
 def _panels(run: RunView) -> list[Panel]:

@@ -15,7 +15,8 @@ from typing import Any
 
 from harness.theory.config import Config
 from harness.theory.dtypes import BITS, INT4_GROUP, WHOLE, dtype_named
-from harness.theory.families import FAMILIES, Experts, Latent, Spec
+from harness.theory.families import Experts, Latent, Spec
+from harness.theory.families_later import FAMILIES
 from harness.theory.gguf_model import from_gguf
 from harness.theory.shape import QUANTIZED, Layers, Model, bytes_by_part
 

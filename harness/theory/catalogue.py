@@ -3,8 +3,9 @@
 `models.jsonl` has a row a model.  `config` is its config.json on the Hugging Face hub, reduced to the keys that the
 shape follows from.  `params` is its published count: the elements of its safetensors files as the hub's API tells them
 (gathered from the list in llmfit 1.1.17, MIT licence), of the repository in `source`, which is another of the same
-shape where the model's own has no such files; null where none is stated.  Files hold more than parameters at times:
-`not_parameters` says how many elements those are, and what.
+shape where the model's own has no such files; null where no file is told of: then `stated` is the rounded number that
+its makers give in `source`, if any.  Files hold more than parameters at times: `not_parameters` says how many elements
+those are, and what.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from harness.records import RidgelineError
+from harness.records import NAN, RidgelineError
 from harness.theory.architecture import from_config
 from harness.theory.dtypes import BITS, dtype_named
 from harness.theory.shape import Model
@@ -30,6 +31,7 @@ class Entry:
     id: str
     names: tuple[str, ...]
     params: int | None
+    stated: float  # parameters as the makers round them, where `params` is None; NaN: not found
     source: str
     not_parameters: int
     what_else: str
@@ -61,7 +63,10 @@ def _entry(row: dict[str, Any]) -> Entry:
     count, what = row.get("not_parameters", (0, ""))
     names = (row["id"], *row.get("also", ()))
     note = row.get("note", "")
-    return Entry(row["id"], names, row["params"], row["source"], count, what, row.get("other", 0), note, row["config"])
+    stated = row.get("stated", NAN)
+    return Entry(
+        row["id"], names, row["params"], stated, row["source"], count, what, row.get("other", 0), note, row["config"]
+    )
 
 
 # Words of a name that change what a model was taught, or who gave it, not its shape.
@@ -74,6 +79,7 @@ SAME_SHAPE = {
     "pt",
     "base",
     "thinking",
+    "think",
     "preview",
     "dynamic",
     "v",

@@ -26,7 +26,8 @@ BITS: dict[str, float] = {
     "int2": 2 + (16 + 2) / 64,
 }
 # GGUF's mixtures: bits of a weight of the whole file, embedding and lm_head with it, of Llama-3.1-8B (the table in
-# tools/quantize/README.md of ggml-org/llama.cpp, MIT, from memory: unverified); those of one type throughout, by their blocks.
+# tools/quantize/README.md of ggml-org/llama.cpp@311c2c9f, MIT; it leaves Q3_K_M out: unverified); those of one type
+# throughout, by their blocks.
 GGUF_BITS = {
     "iq1_s": 2.0042, "iq1_m": 2.1460, "iq2_xxs": 2.3824, "iq2_xs": 2.5882, "iq2_s": 2.7403, "iq2_m": 2.9294,
     "iq3_xxs": 3.2548, "iq3_xs": 3.4977, "iq3_s": 3.6606, "iq3_m": 3.7628, "iq4_xs": 4.4597, "iq4_nl": 4.6818,

@@ -233,10 +233,20 @@ def _rate(
     return used, 2.0 if stored in WHOLE else 4.0
 
 
-def _check_split(model: Model, hardware: Hardware, tp: int, pp: int, ep: int, dp: int) -> None:
-    heads = model.groups[0].heads
+def _unshared(model: Model, tp: int) -> str:
+    """Why `tp` accelerators cannot share the model's layers; empty where they can.
+
+    vLLM and SGLang give each accelerator whole heads, and whole KV heads or copies of one; their model code asserts it.
+    """
     if tp < 1 or any(g.heads % tp for g in model.groups):
-        raise RidgelineError(f"tp {tp} must be at least 1 and divide the {heads} heads of {model.name}")
+        return f"tp {tp} must be at least 1 and divide the {model.groups[0].heads} heads of {model.name}"
+    odd = next((g.kv_heads for g in model.groups if max(tp, g.kv_heads) % min(tp, g.kv_heads)), 0)
+    return f"tp {tp} must divide the {odd} KV heads of {model.name} or be a multiple of them" if odd else ""
+
+
+def _check_split(model: Model, hardware: Hardware, tp: int, pp: int, ep: int, dp: int) -> None:
+    if why := _unshared(model, tp):
+        raise RidgelineError(why)
     if not 1 <= pp <= model.layers:
         raise RidgelineError(f"pp {pp} must be from 1 to the {model.layers} layers of {model.name}")
     experts = max(g.experts for g in model.groups)
@@ -463,6 +473,6 @@ def with_draft(s: Setup, draft: Model, tokens: int, acceptance: float) -> Setup:
     """The setup with a draft model on the same accelerators.  Raises RidgelineError for values that make no sense."""
     if not 1 <= tokens <= 64 or not 0 <= acceptance <= 1:
         raise RidgelineError(f"a draft proposes 1 to 64 tokens, accepted with 0 to 1; got {tokens} and {acceptance:g}")
-    heads = math.gcd(s.tp, *(g.heads for g in draft.groups))
-    small = setup(draft, s.hardware, s.framework, tp=heads, factors=s.factors)
+    widest = max(n for n in range(1, s.tp + 1) if not s.tp % n and not _unshared(draft, n))
+    small = setup(draft, s.hardware, s.framework, tp=widest, factors=s.factors)
     return replace(s, draft=Draft(small, tokens, acceptance))

@@ -96,6 +96,28 @@ def test_predictions_stand_beside_the_figures_when_model_and_hardware_are_named(
     assert 5 < predicted["itl_ms"] < 20 and predicted["limit"] == "memory_bandwidth"
 
 
+def test_a_split_that_the_model_cannot_have_is_said_and_the_figures_stand(
+    simulated: Callable[..., str], ridgeline: Run, tmp_path: Path
+) -> None:
+    """The run is measured as any other; its theory says in one sentence why there is none, in the dry run too."""
+    told = ("--batch-sizes", "2", "--hardware", "A100-SXM-80GB", "--model-config", "microsoft/phi-4")
+    for tp, why in (
+        ("3", "tp 3 must be at least 1 and divide the 40 heads"),
+        ("4", "tp 4 must divide the 10 KV heads"),
+    ):
+        planned = ridgeline(*fast("127.0.0.1:9", *told, "--tp", tp, "--dry-run"))
+        assert planned.returncode == 0 and planned.stdout.count(f"no prediction: {why}") == 1
+    done = ridgeline(*fast(simulated(*LAW), *told, "--tp", "4", "--waves", "2", "--json"))
+    found = one_object(done.stdout)
+    assert done.returncode == 0 and found["points"][0]["errors"] == 0 and found["points"][0]["predicted"] is None
+    said = [f for f in found["findings"] if f["saw"].startswith("no prediction")]
+    assert [f["saw"] for f in said] == [
+        "no prediction: tp 4 must divide the 10 KV heads of microsoft/phi-4 or be a multiple of them"
+    ]
+    assert ridgeline("report", found["run"], "-o", "page.html").returncode == 0
+    assert "must divide the 10 KV heads" in (tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize("mode", [("--mode", "closed", "--batch-sizes", "4", "--requests", "20"),
                                   ("--rate", "40", "--arrivals", "constant", "--requests", "40")])  # fmt: skip
 def test_closed_and_open_loop_keep_their_plan(
