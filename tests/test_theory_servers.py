@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from harness.theory import catalogue, frameworks, hardware, roofline, validate
+from harness.theory.calibration import Calibration
 
 ROW = {"n_gpus": 1, "kind": "static", "kv_dtype": ""}
 
@@ -90,3 +91,42 @@ def test_an_mi300x_has_its_own_row():
            "isl": 128, "osl": 2048, "framework": "vLLM 0.11.1"}  # fmt: skip
     for batch, seconds in ((1, 48.138), (16, 55.685)):
         assert predicted(**row, batch=batch)["pred_e2e_s"] == pytest.approx(seconds, rel=0.12)
+
+
+def test_a_step_admits_no_more_prompts_than_its_chunk():
+    """Qwen3-14B on an A100, vLLM 0.11 (gpustack's performance lab): 301.7 ms a token at 500 clients, 445.6 at 32,000 tokens."""
+    row = {
+        "model": "Qwen/Qwen3-14B",
+        "gpu": "A100-SXM-80GB",
+        "weight_dtype": "bf16",
+        "kv_dtype": "bf16",
+        "kind": "concurrency",
+        "framework": "vLLM 0.11.0",
+    }
+    for batch, isl, osl, ms in ((500, 2000, 100, 301.7), (100, 32000, 99, 445.6)):
+        assert predicted(**row, batch=batch, isl=isl, osl=osl)["pred_tpot_ms"] == pytest.approx(ms, rel=0.15)
+    a100, h100 = (hardware.find(name) for name in ("A100-SXM-80GB", "H100-SXM"))
+    limits = [(f.sequences, f.chunk) for f in (frameworks.find("vLLM 0.11", a100), frameworks.find("vLLM 0.11", h100))]
+    assert limits == [(256, 2048), (1024, 8192)]
+
+
+def test_quantized_kernels_of_gpt_fast_and_deepspeed():
+    """gpt-fast (BSD-3-Clause), Llama-2-70B in int8 on an A100: 19.13 tokens/s.  DeepSpeed-Inference, Bloom-176B in int8 on
+    eight (transformers-bloom-inference, Apache-2.0): 89.09 ms a token, in fp16 44.02."""
+    fast = predicted(model="meta-llama/Llama-2-70b-hf", gpu="A100-SXM-80GB", weight_dtype="int8", batch=1, isl=5, osl=200,
+                     framework="gpt-fast")  # fmt: skip
+    assert fast["pred_out_tps"] == pytest.approx(19.13, rel=0.15)
+    row = {"model": "bigscience/bloom", "gpu": "A100-SXM-80GB", "n_gpus": 8, "batch": 1, "isl": 10, "osl": 100}
+    for dtype, ms in (("int8", 89.09), ("fp16", 44.02)):
+        found = predicted(**row, weight_dtype=dtype, framework="DeepSpeed-Inference")
+        assert 1e3 / found["pred_out_tps"] == pytest.approx(ms, rel=0.25)
+
+
+def test_a_cache_factor_goes_half_way_to_another_model():
+    h100, other = hardware.find("H100-SXM"), catalogue.find("meta-llama/Llama-3.1-8B")
+    fitted = Calibration(
+        "H100-SXM-80GB", ("meta-llama/Llama-2-7b-hf",), 10, roofline.Factors(kv=4.0, compute=1.2), 0.05
+    )
+    assert fitted.closeness(other, h100) == "model"
+    carried = fitted.factors_for(other, h100)
+    assert (carried.kv, carried.compute) == (2.0, 1.2)
