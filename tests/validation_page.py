@@ -29,12 +29,15 @@ HELD = ("Meta-Llama-3-8B", "Mistral", "Llama-2-70b", "llama-7b", "Qwen1.5", "Aqu
 SHARE = {"static": 0.93, "closed": 0.9}
 # No interval is narrower than what one server differs from another of the same kind: here TensorRT-LLM's own pages lie 5 to
 # 30 % off by GPU, lmdeploy's 19 %, the closed loops of one engine and GPU up to 25 % by its release.  A first token under load
-# hangs on the order of arrivals too.  A framework of which nothing was measured has more.
+# hangs on the order of arrivals too.  A framework of which nothing was measured has more.  Under load, servers of a source
+# that nothing was fitted to differ by more (random effect: on 88 rows of six sources half were within 13 %, nine tenths
+# within 63 %, of MoE 23 and 83): a third for dense models, a half for MoE.
+LOADED = {"dense": 1.35, "moe": 1.5}
 LEAST = {"no": 1.25, "no, framework": 1.45, "same": 1.09, "model": 1.18}
 # (metric, mode) of which a calibrated server has too few measurements -> (whose span it takes, to what power): a static
 # batch's end is mostly its steps', and so is a client's under load.
 ALIKE = (("itl_s", "static", "e2e_s", 1.0), ("ttft_s", "static", "e2e_s", 1.6), ("e2e_s", "closed", "itl_s", 1.0),
-         ("output_tokens_per_s", "closed", "itl_s", -1.0))  # fmt: skip
+         ("output_tokens_per_s", "closed", "itl_s", -1.15))  # fmt: skip
 LEAST_TTFT = {"no": 2.0, "no, framework": 2.3, "same": 1.3, "model": 1.8}
 FITTED: dict[tuple[object, ...], calibrate.Calibration | None] = {}
 METRICS = ("ttft_ms", "tpot_ms", "e2e_s", "out_tps")
@@ -132,6 +135,8 @@ def intervals(plain: pd.DataFrame, own: pd.DataFrame, other: pd.DataFrame) -> li
         ):
             # dstack's 405B ran at 0.4 to 2 times any estimate, differently on each machine: no interval should hold it.
             known = found[found[column].gt(0) & (found.dataset != "dstack_405b") & found[f"pred_{column}"].notna()]
+            if metric in ("e2e_s", "output_tokens_per_s"):  # under load by ALIKE: few rows, and of batches without end
+                known = known[known.kind.eq("static")]
             if known.empty:
                 continue
             known = known.assign(ratio=known[column] / known[f"pred_{column}"]).join(_keys(known))
@@ -146,6 +151,8 @@ def intervals(plain: pd.DataFrame, own: pd.DataFrame, other: pd.DataFrame) -> li
                     low, high = _spread(group.ratio, share) if queued else _tails(group.ratio, share)
                     unknown = calibrated_as == "no" and "framework_named" not in where
                     least = (LEAST_TTFT if queued else LEAST)["no, framework" if unknown else calibrated_as]
+                    if calibrated_as == "no" and where["mode"] != "static":
+                        least = max(least, LOADED[str(where.get("model_kind", "moe"))])
                     low, high = min(low, 1 / least), max(high, least)
                     made.append({"metric": metric, "mode": where["mode"], "framework": where.get("framework_named", "*"), "devices": where.get("devices", "*"),
                                  "kernels": where.get("kernels", "*"), "model": where.get("model_kind", "*"),
@@ -201,7 +208,7 @@ def write_intervals(made: list[dict[str, object]]) -> None:
             "# docs/validation.md names as fitted; made by tests/validation_page.py.  The first row that matches counts.\n")  # fmt: skip
     text += ",".join((*KEYS, "low", "high", "n")) + "\n"
     text += "".join(f"mem_bytes,*,{pool},*,*,*,*,0.97,1.03,0\n" for pool in ("lmdeploy", "vllm", "sglang"))
-    text += "mem_bytes,*,*,*,*,*,*,0.92,1.1,0\n"
+    text += "mem_bytes,*,*,*,*,*,*,0.92,1.18,0\n"  # what a process holds beside, and tables that count in 1e9 bytes
     for r in made:
         text += (
             ",".join(f"{r[c]:.4g}" if isinstance(r[c], float) else str(r[c]) for c in (*KEYS, "low", "high", "n"))

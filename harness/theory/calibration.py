@@ -13,9 +13,10 @@ from harness.theory.roofline import Factors
 from harness.theory.shape import Model
 
 # What is carried over in full: to other hardware the software's own, to another model what is the same silicon's.  The
-# rest goes half of the way (its square root; a slot that is missing here is not missing elsewhere).
+# rest goes half of the way (its square root; a slot that is missing here is not missing elsewhere): also `kv`, as an attention
+# kernel's efficiency hangs on how many query heads share a KV head.
 TO_HARDWARE = ("overhead", "request")
-TO_MODEL = ("compute", "bandwidth", "kv", "overhead", "link", "narrow")
+TO_MODEL = ("compute", "bandwidth", "overhead", "link", "narrow")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,6 +28,12 @@ class Framework:
     `pool`: share of the memory taken in advance, of "all" of it or for the "cache" alone; 0: as needed.  `chunk`: most
     prompt tokens of a pass.  `mixed`: prefills run in the passes of decoding steps.  `layered`: several accelerators
     hold layers each and work in turn.  `all_logits`: the prefill computes those of every prompt token (releases before LAST_LOGITS).
+
+    `copied`: a step writes the whole cache anew (torch.cat) and repeats its heads for every query head before it attends
+    (repeat_kv of transformers' modeling_llama.py).  `widen_above`: with more tokens than that a pass first writes narrow
+    weights out in 16 bit (exllama's MAX_Q_GEMM_ROWS; bitsandbytes' gemv is for one token; AutoAWQ's heuristic).
+    `cache_copies`: of the cache that are there at the peak of memory: two in releases before DYNAMIC_CACHE.
+    `sequences`: most in a step (vLLM's max_num_seqs).
     """
 
     name: str
@@ -51,6 +58,10 @@ class Framework:
     mixed: bool = True
     layered: bool = False
     all_logits: bool = False
+    copied: bool = False
+    widen_above: float = math.inf
+    cache_copies: float = 1.0
+    sequences: float = math.inf
 
 
 # Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
@@ -90,10 +101,10 @@ SPELLINGS = {
     "aphrodite": "vllm",
     "lorax": "vllm",
     "deepspeed": "deepspeed",
-    "gpt-fast": "compiled",
-    "gptfast": "compiled",
-    "torchao": "compiled",
-    "torch.compile": "compiled",
+    "gpt-fast": "gpt-fast",
+    "gptfast": "gpt-fast",
+    "torchao": "gpt-fast",
+    "torch.compile": "gpt-fast",
     "mlc": "compiled",
     "jax": "compiled",
     "jetstream": "compiled",
@@ -145,9 +156,18 @@ def named(name: str | None) -> str:
 
 # Since these releases (early 2025) their loops overlap the host with the accelerator by default: vLLM's V1 engine, SGLang's
 # overlapped scheduler, TensorRT-LLM's PyTorch backend.  Static batches with them have the host's cost of served ones.
+# A launch takes a desktop's CPU, beside which these cards sit, less time than a server's, and a T4's old servers more: half way
+# (in the logarithm) to bitsandbytes' benchmarks on one machine each (0.43 and 1.5 times an H100's).
+HOST = {"RTX-40": 0.65, "RTX-50": 0.65, "T4": 1.22}
 CPU_CHUNK = 2048  # tokens of a pass on a CPU: vLLM's max_num_batched_tokens there, llama.cpp's n_batch
 LAST_LOGITS = (4, 45)  # since this release transformers' generate() computes a prompt's last logits only
-OVERLAPPED = {"vllm": (0, 8), "sglang": (0, 4), "tensorrt-llm": (1, 0)}
+# Since this one each layer replaces its own cache; before it the old caches of all layers live until the step has ended.
+DYNAMIC_CACHE = (4, 36)
+# The release with which transformers began to know a family, where it is later than those two.
+KNOWN_SINCE = {"qwen2": (4, 37), "gemma": (4, 38), "phi3": (4, 41), "gemma2": (4, 42), "qwen3": (4, 51), "gemma3": (4, 50),
+               "qwen3_moe": (4, 51), "gpt_oss": (4, 55)}  # fmt: skip
+# transformers: with bitsandbytes 0.45, whose kernels launch less.
+OVERLAPPED = {"vllm": (0, 8), "sglang": (0, 4), "tensorrt-llm": (1, 0), "transformers": (4, 46)}
 
 
 def overlapped(name: str | None) -> bool:
@@ -161,11 +181,25 @@ def release(name: str | None) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def find(name: str | None, hardware: Hardware, dtype: str = "", *, offline: bool = False) -> Framework:
-    """The row for a framework on this hardware with weights of this dtype; `offline`: as public static batches ran."""
+def find(
+    name: str | None, hardware: Hardware, dtype: str = "", *, offline: bool = False, family: str = ""
+) -> Framework:
+    """The row for a framework on this hardware with weights of this dtype; `offline`: as public static batches ran, most
+    of which without a release named are of 2023, as far as the model's `family` was known then."""
     row = _find(named(name), hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name))
-    old = (release(name) or LAST_LOGITS) < LAST_LOGITS
-    return replace(row, all_logits=row.all_logits and old, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
+    ran = release(name) or (KNOWN_SINCE.get(family, (4, 0)) if offline else (99, 0))
+    row = replace(row, all_logits=row.all_logits and ran < LAST_LOGITS, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
+    if named(name) == "vllm":
+        large, new = _large(hardware), (release(name) or OVERLAPPED["vllm"]) >= OVERLAPPED["vllm"]
+        row = replace(row, sequences=1024.0 if large and new else 256.0, chunk=row.chunk if large or not new else 2048)
+    hosted = next((v for prefix, v in HOST.items() if hardware.name.startswith(prefix)), 1.0)
+    row = replace(row, launch_s=row.launch_s * hosted)
+    return replace(row, cache_copies=2.0) if row.copied and ran < DYNAMIC_CACHE else row
+
+
+def _large(hardware: Hardware) -> bool:
+    """Whether vLLM's server takes its larger defaults (vllm/engine/arg_utils.py of 0.8 and later, Apache-2.0)."""
+    return hardware.mem_bytes >= 75e9 and not hardware.name.startswith("A100")
 
 
 def _width(dtype: str) -> str:

@@ -102,9 +102,10 @@ def _round(s: Setup, size: Array, tokens: Array, output: Array, cached_share: fl
     return prefill, step, prefill.total + (output - 1) * step.total
 
 
-# Lengths are nominal (benchmarks draw them from 0.8 to 1 of it), the share of memory is often raised, the cache quantized:
-# only a clear excess over what fits is taken to wait.
-SLACK = 1.35
+# Lengths are nominal: benchmarks draw them from 0.8 to 1 of it, 0.9 on average.
+SLACK = 1.1
+# The share of memory is often raised, the cache quantized: only a clear excess over what fits is taken to wait.
+CLEAR = 1.35
 WAVES = 10  # requests for each of the clients in a closed loop, where nothing else is known: benchmarks' usual choice
 
 
@@ -118,17 +119,18 @@ def closed(
     Schweitzer 1979, with constant service), and the first of its client's `waves` requests waits behind half of the
     others.  Where the cache does not hold all, the rest wait for a slot.
     """
-    slots, largest = _slots(s, tokens, output)
+    slots, largest = _slots(s, tokens, output, cached_share)
     running = np.clip(clients, 1.0, np.maximum(slots, 1.0))
     prefill, step, itl = _served(s, running, tokens, output, cached_share)
     own, decoding = prefill.total, total(itl) * np.maximum(output - 1, 0)
-    wait = _queue(own, decoding, running) + (running - 1) / 2 * own / waves
+    others = (running - 1) / s.dp  # replicas of the attention prefill a prompt each in the same pass
+    wait = _queue(own, decoding, others + 1) + others / 2 * own / waves
     ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait * s.factors.queue}
     ttft["host"] = ttft["host"] + s.framework.request_s * s.factors.request
     if s.factors.slot:
         ttft["waiting for a slot"] = s.factors.slot * decoding / np.maximum(clients - 1, 1)
     cycle = total(ttft) + decoding
-    waiting = np.maximum(clients / running - 1, 0.0) * cycle
+    waiting = np.maximum(clients / np.maximum(running * CLEAR / SLACK, 1.0) - 1, 0.0) * cycle
     if np.any(waiting > 0):
         ttft["waiting for memory"] = waiting
     return _loaded(s, ttft, itl, prefill, step, clients, cycle * clients / running, running, largest, tokens, output)
@@ -138,13 +140,13 @@ def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share:
     """`rate` requests a second by the clock, Poisson: what is in flight follows by Little's law, and a prompt waits as in
     M/G/1 with the prefills' share of the time as its load (Pollaczek-Khinchine, service constant).  Beyond saturation
     the queue grows without end: the waiting is infinite."""
-    slots, largest = _slots(s, tokens, output)
+    slots, largest = _slots(s, tokens, output, cached_share)
     running = np.ones_like(tokens)
     for _ in range(40):  # damped; it climbs to the least fixed point, or to the slots where there is none below
         prefill, step, itl = _served(s, running, tokens, output, cached_share)
         found = rate * (prefill.total + total(itl) * np.maximum(output - 1, 0))
         running = np.clip(0.5 * (running + found), 1.0, np.maximum(slots, 1.0))
-    load = rate * prefill.total
+    load = rate / s.dp * prefill.total
     saturated = (found > slots * (1 + 1e-3)) | (load >= 1)
     wait = np.where(saturated, np.inf, load * prefill.total / (2 * np.maximum(1 - load, 1e-9))) * s.factors.queue
     ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait}
@@ -152,10 +154,14 @@ def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share:
     return _loaded(s, ttft, itl, prefill, step, np.full_like(tokens, rate), seconds, running, largest, tokens, output)
 
 
-def _slots(s: Setup, tokens: Array, output: Array) -> tuple[Array, Array]:
-    """(sequences that the cache holds while each is on average half generated, whole ones that fit for certain)."""
+def _slots(s: Setup, tokens: Array, output: Array, cached_share: float) -> tuple[Array, Array]:
+    """(sequences that the cache holds while each is on average half generated, or that come up while one is generated
+    where a step takes no more than a chunk of prompts; whole ones that fit for certain)."""
     half = s.model.kv_bytes(tokens + output / 2, s.kv_dtype) * s.kv_copies
-    return np.maximum(SLACK * memory.kv_space_bytes(s) / half, 0.0), memory.largest_batch(s, tokens + output)
+    slots = np.minimum(SLACK * memory.kv_space_bytes(s) / half, s.framework.sequences * s.dp)
+    if s.framework.mixed:
+        slots = np.minimum(slots, 1 + s.dp * s.framework.chunk * output / (tokens * (1 - cached_share)))
+    return np.maximum(slots, 0.0), memory.largest_batch(s, tokens + output)
 
 
 def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Pass, Terms]:
@@ -169,7 +175,7 @@ def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share
         # Behind the reads there is only the room that the step's own matrix work leaves: none beyond the ridge.
         taken = np.minimum(step.terms["weights"], step.hidden["matmul"])
         shared = sum(step.terms[k] for k in once if k in step.terms) - taken
-    itl = {**step.terms, "prefills of others": (running - 1) / output
+    itl = {**step.terms, "prefills of others": (running - 1) / s.dp / output
            * np.maximum(own - passes_for(s, tokens) * shared, 0.3 * own)}  # fmt: skip
     plain, stream = total(itl), running * s.framework.stream_s * s.factors.overhead
     itl["stream"] = kernels.smooth_max(plain, stream, 3.0) - plain

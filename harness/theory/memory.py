@@ -43,7 +43,8 @@ def kv_space_bytes(s: Setup) -> float:
     largest pass and the runtime leave, as vLLM finds it by a trial pass when it starts."""
     if not math.isnan(s.memory.kv_bytes):
         return s.memory.kv_bytes * s.gpus
-    taken = usable_bytes(s.hardware) * s.gpus * s.memory.share - s.model.weight_bytes(s.dtype)
+    share = s.memory.share if s.framework.pool else 1.0  # without a pool it takes what it needs
+    taken = usable_bytes(s.hardware) * s.gpus * share - s.model.weight_bytes(s.dtype)
     if s.hardware.measured:
         return taken
     passing = float(activation_bytes(s, s.memory.batched_tokens or s.framework.chunk, SEQUENCES)) + CONTEXT_BYTES
@@ -80,7 +81,7 @@ def peak_terms(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str
         taken = np.minimum(whole * s.framework.pool + cache_only, 0.98 * whole)
         return terms | {"reserved": np.maximum(taken - terms["weights"], 0.0)}
     logits = batch * tokens if s.framework.all_logits else batch
-    terms["kv cache"] = batch * s.model.kv_bytes(tokens + output, s.kv_dtype) * s.kv_copies
+    terms["kv cache"] = batch * s.model.kv_bytes(tokens + output, s.kv_dtype) * s.kv_copies * s.framework.cache_copies
     return terms | {"activations": s.gpus * activation_bytes(s, batch * tokens, logits)}
 
 

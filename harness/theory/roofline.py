@@ -59,6 +59,9 @@ LIMIT_OF = {
 NARROW_TOKENS = 6
 SMALL_KERNELS = 6  # a layer beside its matrices and attention: two norms, rotary, cache write, activation, residual
 SMALL_KERNEL_S = 1.5e-6  # each, replayed from a graph
+# Unpacking a 4-bit weight takes no less on a large GPU, however fast its memory: from bitsandbytes' benchmarks (MIT, nf4, the
+# difference of Llama-3.1-70B and Qwen2.5-32B on an H100).
+UNPACK_S = 2.4e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +305,8 @@ def _decode_pass(s: Setup, batch: Array, first: Array, last: Array, width: int) 
     kv_least = batch * model.mean_kv_read_bytes(first, last, narrow)
     group = max(g.heads / g.kv_heads for g in model.groups) if not model.mla else 1.0
     slower = s.framework.attention * group**s.framework.grouped * s.factors.kv
+    if s.framework.copied:  # read and written for torch.cat, read for copies, written and read for each query head
+        slower *= 3 + 2 * group if group > 1 else 3
     reads = kv * s.kv_copies / (s.hardware.bytes_per_s * s.tp) / s.decode.bandwidth * slower
     computing = flops / (s.head_flops * s.tp) / (0.5 if model.mla else 0.3) * s.factors.compute
     done = _matrices(s, width * batch, width * batch)
@@ -355,10 +360,11 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
     routed = sum(g.count * g.experts_per_token * g.expert_matmul for g in model.groups) * 2.0
     dense = model.matmul_flops_per_token - routed
     slower, slower_head = _narrow(s, tokens), _narrow(s, heads)
+    layers, unpacking = _widened(s, parts["attention"] + parts["ffn"] + parts["router"] + parts["norms"], tokens)
     jobs: list[tuple[kernels.Law, Array | float, Array, float]] = [
         (
             s.gemm,
-            parts["attention"] + parts["ffn"] + parts["router"] + parts["norms"],
+            layers,
             dense * tokens * slower,
             s.flops,
         ),
@@ -372,10 +378,13 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
     if routed:
         # All replicas' tokens meet the experts, which are spread over all of them.
         read = model.experts_read(tokens * s.dp)
-        jobs.append((s.gemm, parts["experts"] * read / s.dp * s.framework.experts,
-                     routed * tokens * slower * s.framework.experts, s.flops))  # fmt: skip
+        grouping = _grouping(s)
+        experts, more = _widened(s, parts["experts"] * read / s.dp * grouping, tokens)
+        unpacking = unpacking + more
+        jobs.append((s.gemm, experts,
+                     routed * tokens * slower * grouping, s.flops))  # fmt: skip
     zero = np.zeros_like(tokens, dtype=np.float64)
-    terms: Terms = {"weights": zero, "matmul": zero, "ridge": zero}
+    terms: Terms = {"weights": zero + unpacking, "matmul": zero, "ridge": zero}
     hidden: Terms = {"weights": zero, "matmul": zero}
     for law, size, flops, peak in jobs:
         reads = size / rate / law.bandwidth * s.factors.bandwidth * s.framework.gemm + zero
@@ -388,6 +397,24 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
         hidden["weights"] = hidden["weights"] + np.where(reading, 0.0, reads)
         hidden["matmul"] = hidden["matmul"] + np.where(reading, works, 0.0)
     return Pass(terms, hidden, zero)
+
+
+def _grouping(s: Setup) -> float:
+    """How much longer the experts' grouped products take than one of their size: as the framework says where an expert is
+    no wider than the model, less where it is (Mixtral's are as wide as a dense model's FFN and run like one)."""
+    wide = max(g.expert_matmul for g in s.model.groups) / (3.0 * s.model.hidden**2)
+    return 1.0 + (s.framework.experts - 1.0) * min(1.0, 1.0 / wide) ** 2
+
+
+def _widened(s: Setup, size: Array | float, tokens: Array) -> tuple[Array | float, Array | float]:
+    """(bytes of weights that the products read, seconds of writing them out in 16 bit before)."""
+    bits = BITS.get(s.dtype or s.model.dtype, 16.0)
+    if bits >= 16 or math.isinf(s.framework.widen_above):
+        return size, 0.0
+    entries, wide = size * 8 / bits, tokens > s.framework.widen_above
+    moving = (size + 2 * entries) / s.hardware.bytes_per_s / s.gemm.bandwidth
+    unpacking = np.maximum(moving, entries * UNPACK_S) / s.tp * s.factors.bandwidth
+    return np.where(wide, 2 * entries, size), np.where(wide, unpacking, 0.0)
 
 
 def _narrow(s: Setup, tokens: Array) -> Array | float:

@@ -111,7 +111,7 @@ def sweep(
         raise RidgelineError(
             f"the share of a prompt in the prefix cache must be from 0 to below 1, got {cached_share:g}"
         )
-    s = setup(model, hardware, find(framework, hardware, dtype or model.dtype, offline=mode == "static"), dtype=dtype, kv_dtype=kv_dtype, tp=tp, pp=pp,
+    s = setup(model, hardware, find(framework, hardware, dtype or model.dtype, offline=mode == "static", family=model.family), dtype=dtype, kv_dtype=kv_dtype, tp=tp, pp=pp,
               ep=ep, dp=dp, factors=calibration.factors_for(model, hardware) if calibration else None)  # fmt: skip
     s = replace(s, memory=room)
     if draft:

@@ -77,11 +77,12 @@ def terms_at(found: Sweep, metric: str, share: float) -> Terms:
         terms["waiting for prefills"] = wait_factor(load, share) * terms["waiting for prefills"]
         return terms
     passes = passes_for(found.setup, found.input_tokens)
-    mean = (found.running - 1) / found.output_tokens * passes
+    mean = (found.running - 1) / found.setup.dp / found.output_tokens * passes
     most = np.maximum(1.0, np.floor(found.setup.framework.chunk * passes / found.input_tokens))
     each = _each(terms["prefills of others"], mean)
     plain = np.asarray(sum(v for name, v in terms.items() if name != "prefills of others"))
     rate = found.columns["output_tokens_per_s"].value / found.output_tokens * passes * (found.running > 1)
+    rate = rate / found.setup.dp
     terms["prefills of others"] = prompts_in_a_step(rate, plain, each, most, 1 - (1 - GUARD) * (1 - share)) * each
     return terms
 

@@ -1,0 +1,132 @@
+"""What serving software does to the hardware's work, held against measurements that others published.
+
+Figures with their sources: bitsandbytes' benchmarking/README (MIT), huggingface/optimum-benchmark's artifacts (Apache-2.0),
+QwenLM/Qwen2.5's speed benchmark (Apache-2.0), ROCm/vllm's docs (Apache-2.0), vLLM's nightly latency tests (Apache-2.0),
+ai-dynamo/aiconfigurator's closed loops (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from harness.theory import catalogue, frameworks, hardware, roofline, validate
+from harness.theory.calibration import Calibration
+
+ROW = {"n_gpus": 1, "kind": "static", "kv_dtype": ""}
+
+
+def predicted(**row: object) -> dict[str, float]:
+    table = validate.read(pd.DataFrame([ROW | {"tp": row.get("n_gpus", 1), "out_tps": 1.0} | row]), "row")
+    found = validate.predictions(table).iloc[0]
+    assert found.reason == ""
+    return found.to_dict()
+
+
+def test_copying_the_cache_and_repeating_its_heads_takes_longer_the_longer_the_context():
+    """Qwen2.5-32B (5 query heads for each KV head), transformers 4.46: 17.54, 12.49, 8.95, 5.59 tokens/s."""
+    row = {
+        "model": "Qwen/Qwen2.5-32B-Instruct",
+        "gpu": "A100-SXM-80GB",
+        "weight_dtype": "bf16",
+        "batch": 1,
+        "osl": 2048,
+    }
+    for isl, speed in ((1, 17.54), (6144, 12.49), (14336, 8.95), (30720, 5.59)):
+        slow = predicted(**row, isl=isl, framework="transformers 4.46+flash-attn2")["pred_out_tps"]
+        assert slow == pytest.approx(speed, rel=0.2)
+    assert predicted(**row, isl=30720, framework="vLLM 0.6.3")["pred_out_tps"] > 3 * slow
+
+
+def test_old_releases_keep_two_caches_at_the_peak():
+    """Llama-2-7B, 64 sequences of 256 and 512 tokens, 2023: at most 65,110 MB allocated, 19,997 with 8."""
+    row = {"model": "meta-llama/Llama-2-7b-hf", "gpu": "A100-SXM-80GB", "weight_dtype": "fp16", "isl": 256, "osl": 512}
+    for batch, megabytes in ((8, 19997), (64, 65110)):
+        found = predicted(**row, batch=batch, framework="transformers")["pred_mem_gb"]
+        assert found * 2**30 == pytest.approx(megabytes * 1e6, rel=0.08)
+    assert predicted(**row, batch=64, framework="transformers 4.46")["pred_mem_gb"] < 0.7 * found
+    h100 = hardware.find("H100-SXM")
+    assert frameworks.find("transformers", h100, offline=True, family="qwen3").cache_copies == 1, "not known in 2023"
+
+
+def test_narrow_weights_are_written_out_for_more_than_one_token():
+    """bitsandbytes 0.45, nf4, Llama-3.1-70B on an H100: 83.3 ms a token at batch 1, 234.8 at 8; int8 129.4 and 131.3."""
+    row = {"model": "meta-llama/Llama-3.1-70B", "gpu": "H100-SXM", "isl": 64, "osl": 64,
+           "framework": "transformers 4.46 + bitsandbytes 0.45.0"}  # fmt: skip
+    for dtype, batch, ms in (("nf4", 1, 83.3), ("nf4", 8, 234.8), ("int8", 1, 129.4), ("int8", 8, 131.3)):
+        assert predicted(**row, weight_dtype=dtype, batch=batch)["pred_tpot_ms"] == pytest.approx(ms, rel=0.15)
+
+
+def test_wide_experts_run_like_a_dense_ffn():
+    """Mixtral-8x7B on two GPUs, 8 sequences of 32 and 128 tokens: A100 3643.84 ms, H200 1917.44."""
+    row = {"model": "mistralai/Mixtral-8x7B-Instruct-v0.1", "n_gpus": 2, "weight_dtype": "bf16", "batch": 8, "isl": 32,
+           "osl": 128, "framework": "vLLM 0.6"}  # fmt: skip
+    for gpu, seconds in (("A100-SXM-80GB", 3.644), ("H200-SXM", 1.917)):
+        assert predicted(**row, gpu=gpu)["pred_e2e_s"] == pytest.approx(seconds, rel=0.25)
+    h100 = hardware.find("H100-SXM")
+    vllm = frameworks.find("vllm", h100)
+    many = roofline.setup(catalogue.find("deepseek-ai/DeepSeek-V3"), h100, vllm, tp=8)
+    assert roofline._grouping(many) == vllm.experts
+
+
+def test_replicas_of_the_attention_prefill_side_by_side():
+    """DeepSeek-V3 in nvfp4, TensorRT-LLM with attention in data parallel over 8 B200: 27.06 ms a token at 128 in flight."""
+    found = predicted(model="deepseek-ai/DeepSeek-V3", gpu="B200-SXM", weight_dtype="nvfp4", batch=128, isl=8192, osl=1024,
+                      kind="concurrency", n_gpus=1, tp=1, ep=8, framework="trtllm 1.2.0rc6.post2")  # fmt: skip
+    assert found["pred_tpot_ms"] == pytest.approx(27.06, rel=0.2)
+
+
+def test_clients_beyond_the_cache_wait_and_do_not_slow_the_others():
+    """Llama-3.3-70B in fp8 on two H100, 5000 and 500 tokens (NVIDIA's NIM page): 92.9 ms at 100 clients, 93.2 at 250."""
+    row = {"model": "meta-llama/Llama-3.3-70B-Instruct", "gpu": "H100-SXM", "n_gpus": 2, "weight_dtype": "fp8", "kv_dtype": "fp8",
+           "isl": 5000, "osl": 500, "kind": "concurrency", "framework": "NIM 1.8.0 (TensorRT-LLM)"}  # fmt: skip
+    some, more = (predicted(**row, batch=b) for b in (150, 250))
+    assert some["pred_tpot_ms"] == more["pred_tpot_ms"] == pytest.approx(93.0, rel=0.3)
+    assert more["pred_ttft_ms"] > 1.5 * some["pred_ttft_ms"] > 10_000
+
+
+def test_an_mi300x_has_its_own_row():
+    """Llama-3.1-405B in fp8 on eight, 128 and 2048 tokens: 48.138 s alone, 55.685 s at 16 (the row is fitted to the 70B)."""
+    row = {"model": "meta-llama/Llama-3.1-405B-Instruct", "gpu": "MI300X", "n_gpus": 8, "weight_dtype": "fp8", "kv_dtype": "bf16",
+           "isl": 128, "osl": 2048, "framework": "vLLM 0.11.1"}  # fmt: skip
+    for batch, seconds in ((1, 48.138), (16, 55.685)):
+        assert predicted(**row, batch=batch)["pred_e2e_s"] == pytest.approx(seconds, rel=0.12)
+
+
+def test_a_step_admits_no_more_prompts_than_its_chunk():
+    """Qwen3-14B on an A100, vLLM 0.11 (gpustack's performance lab): 301.7 ms a token at 500 clients, 445.6 at 32,000 tokens."""
+    row = {
+        "model": "Qwen/Qwen3-14B",
+        "gpu": "A100-SXM-80GB",
+        "weight_dtype": "bf16",
+        "kv_dtype": "bf16",
+        "kind": "concurrency",
+        "framework": "vLLM 0.11.0",
+    }
+    for batch, isl, osl, ms in ((500, 2000, 100, 301.7), (100, 32000, 99, 445.6)):
+        assert predicted(**row, batch=batch, isl=isl, osl=osl)["pred_tpot_ms"] == pytest.approx(ms, rel=0.15)
+    a100, h100 = (hardware.find(name) for name in ("A100-SXM-80GB", "H100-SXM"))
+    limits = [(f.sequences, f.chunk) for f in (frameworks.find("vLLM 0.11", a100), frameworks.find("vLLM 0.11", h100))]
+    assert limits == [(256, 2048), (1024, 8192)]
+
+
+def test_quantized_kernels_of_gpt_fast_and_deepspeed():
+    """gpt-fast (BSD-3-Clause), Llama-2-70B in int8 on an A100: 19.13 tokens/s.  DeepSpeed-Inference, Bloom-176B in int8 on
+    eight (transformers-bloom-inference, Apache-2.0): 89.09 ms a token, in fp16 44.02."""
+    fast = predicted(model="meta-llama/Llama-2-70b-hf", gpu="A100-SXM-80GB", weight_dtype="int8", batch=1, isl=5, osl=200,
+                     framework="gpt-fast")  # fmt: skip
+    assert fast["pred_out_tps"] == pytest.approx(19.13, rel=0.15)
+    row = {"model": "bigscience/bloom", "gpu": "A100-SXM-80GB", "n_gpus": 8, "batch": 1, "isl": 10, "osl": 100}
+    for dtype, ms in (("int8", 89.09), ("fp16", 44.02)):
+        found = predicted(**row, weight_dtype=dtype, framework="DeepSpeed-Inference")
+        assert 1e3 / found["pred_out_tps"] == pytest.approx(ms, rel=0.25)
+
+
+def test_a_cache_factor_goes_half_way_to_another_model():
+    h100, other = hardware.find("H100-SXM"), catalogue.find("meta-llama/Llama-3.1-8B")
+    fitted = Calibration(
+        "H100-SXM-80GB", ("meta-llama/Llama-2-7b-hf",), 10, roofline.Factors(kv=4.0, compute=1.2), 0.05
+    )
+    assert fitted.closeness(other, h100) == "model"
+    carried = fitted.factors_for(other, h100)
+    assert (carried.kv, carried.compute) == (2.0, 1.2)
