@@ -149,7 +149,9 @@ def intervals(plain: pd.DataFrame, own: pd.DataFrame, other: pd.DataFrame) -> li
                         continue
                     where = dict(zip(by, key, strict=True))
                     single = metric == "itl_s" and where["mode"] == "static"
-                    share = (SHARE_SINGLE if single else SHARE[str(where["mode"])]) + (0.02 if calibrated_as == "same" else 0)
+                    share = (SHARE_SINGLE if single else SHARE[str(where["mode"])]) + (
+                        0.02 if calibrated_as == "same" else 0
+                    )
                     queued = metric == "ttft_s" and where["mode"] != "static"
                     low, high = _spread(group.ratio, share) if queued else _tails(group.ratio, share)
                     unknown = calibrated_as == "no" and "framework_named" not in where
