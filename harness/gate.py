@@ -30,6 +30,7 @@ PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
 TAIL = 0.025  # of the interval shown, at each side
 CAUGHT = 0.8  # the minimum detectable effect is caught so often
 SURE = 0.8  # and is that of a noise which is larger than the true one in so many cases
+GRAIN = 1e-12  # of a logarithm
 PERMUTED = 8  # trials a side up to which all regroupings are counted
 MOST_TRIALS = 200
 REPEATS = 4000  # simulated comparisons; the power is then known within 0.013
@@ -166,6 +167,11 @@ def _share(harm: float, higher_is_better: bool) -> float:
     return -math.expm1(-harm) if higher_is_better else math.expm1(harm)
 
 
+def _grained(log: float) -> float:
+    """Less than logs are rounded to is nothing: the mean of equal ones may differ from them in the last place."""
+    return 0.0 if abs(log) < GRAIN else log
+
+
 def _spread(terms: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """(standard error, degrees of freedom) of a sum of independent estimated variances, (variance, df) each."""
     total = sum(variance for variance, _ in terms)
@@ -199,7 +205,7 @@ def _ask(question: Question) -> Answer:
         return found
     sign = -1 if up else 1
     found.base, found.new = math.exp(sign * base.mean()), math.exp(sign * new.mean())
-    effect = float(new.mean() - base.mean())
+    effect = _grained(float(new.mean() - base.mean()))
     found.effect = _share(effect, up)
     if len(new) < 2 or (not limit and len(base) < 2):
         found.notes.append("one trial has no interval: give at least two, better five")
@@ -210,6 +216,7 @@ def _ask(question: Question) -> Answer:
     if question.noise and question.noise.run_sd > 0:
         terms.append((len(groups) * question.noise.run_sd**2, question.noise.run_df))
     error, df = _spread(terms)
+    error = _grained(error)
     found.sd, found.df = math.sqrt(pooled), df
     half = float(t_point(TAIL, df)) * error if error else 0.0
     found.low, found.high = _share(effect - half, up), _share(effect + half, up)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from harness import gate
@@ -90,6 +90,8 @@ times = st.lists(st.floats(1e-4, 1e3), min_size=2, max_size=12)
 
 
 @given(times, times, st.floats(1e-6, 1e6))
+@example([1.25, 1.25], [1.25, 1.25, 1.25], 0.25)
+@example([1.1] * 5, [1.1] * 3, 1.0)
 def test_the_answer_does_not_depend_on_the_unit(base: list[float], new: list[float], unit: float) -> None:
     [one] = gate.decide([Question("a", base, new, 0.05)], Rule())
     [two] = gate.decide([Question("a", [unit * v for v in base], [unit * v for v in new], 0.05)], Rule())
