@@ -143,6 +143,7 @@ def test_an_engine_that_is_never_ready_is_given_up_and_stopped(fake: Callable[..
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
 
 
+@pytest.mark.full
 def test_a_refused_completion_is_reported_before_the_timeout(fake: Callable[..., EngineSpec], tmp_path: Path) -> None:
     started_s = time.monotonic()
     with pytest.raises(RidgelineError, match="refuses its first completion: HTTP 404"):
