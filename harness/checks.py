@@ -53,10 +53,9 @@ def _graded(value: float, suspect: float, invalid: float) -> Severity | None:
 def client_lag(e: Evidence) -> Finding | None:
     lag_s = e.worst("lag_p99_s")
     ttft_s = e.row["ttft_s"]["mean"]
-    small = lag_s < LAG_SHARE * ttft_s  # NaN, where nothing came: not small
+    if ttft_s == ttft_s and lag_s < LAG_SHARE * ttft_s and lag_s < LAG_INVALID_S:
+        return None
     severity = _graded(lag_s, LAG_SUSPECT_S, LAG_INVALID_S)
-    if small:  # where requests wait for seconds, a late stamp bends the tail of ITL alone
-        severity = "suspect" if severity == "invalid" else None
     if not severity:
         return None
     return Finding("V001", severity, f"the client's own event loop was up to {units.seconds(lag_s)} late (p99)",
