@@ -24,6 +24,8 @@ CPU_SUSPECT, CPU_INVALID = 0.80, 0.95
 # A loop that is alone on its core waits 0.2 to 0.6 times as long as it runs (for its own recorder and the kernel); beside
 # one busy neighbour it waits 1.0 to 5 times as long, measured at 1, 8 and 64 streams.
 WAIT_PER_RUN, WAIT_LEAST = 0.8, 0.01
+# A server alone on its core waits 0.03 times as long as it runs; beside a neighbour that works now and then 0.1 to 1.5.
+SERVER_WAIT_PER_RUN, SERVER_WAIT_LEAST = 0.10, 0.01
 DISAGREE, DISAGREE_S = 0.20, 0.002
 GC_S, GAP_S, CLOCK_STEP_S = 0.020, 1.0, 0.5
 LATE_S = 0.005
@@ -261,6 +263,12 @@ def shared_machine(e: Evidence) -> Finding | None:
     if steal > 0.02:
         return Finding("V015", "suspect", f"the hypervisor took {units.percent(steal, 2)} of this machine's time",
                        "both sides were held up at moments that nothing here can see", "measure on a quiet machine")  # fmt: skip
+    ran_s, waited_s = (e.row.get(f"server_{name}_s") or 0.0 for name in ("ran", "waited"))
+    lasted_s = sum(s["ended_s"] - s["started_s"] for s in e.senses)
+    if waited_s > max(SERVER_WAIT_PER_RUN * ran_s, SERVER_WAIT_LEAST * lasted_s) and not share > 0.9:
+        return Finding("V015", "suspect", f"the server's threads ran for {units.seconds(ran_s)} and waited {units.seconds(waited_s)} "
+                       "for a core", "something else ran on the server's cores: alone it would be faster",
+                       "stop what else runs, or give server and client cores of their own (taskset)")  # fmt: skip
     if not share > 0.9:
         return None
     return Finding("V015", "suspect", f"this machine's cores were {units.percent(share, 2)} busy",
