@@ -12,12 +12,10 @@ import ctypes
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from harness.records import NAN, Floats
+from harness.records import NAN
 
 PERIOD_S = 0.0017  # no part of a usual time between tokens, so all moments between two of them are met
 HELD_S = 0.0002  # less is a core's way from sleep to work
@@ -106,17 +104,3 @@ def _quantile(bins: Mapping[int, int], q: float) -> float | None:
         if left <= 0:
             return (k + 1) * BIN_S
     return None
-
-
-def held_up_s(stamps_s: Floats, held: Sequence[Sequence[float]], least_s: float) -> Floats:
-    """How late each stamp may be at most: [n] s.  What was read as long before or after a late tick as that was late may
-    have waited with it; everything else waited `least_s` or less."""
-    order = np.argsort(stamps_s)
-    ranked, found = stamps_s[order], np.full(len(stamps_s), least_s)
-    for at_s, late_s in held:
-        low, high = np.searchsorted(ranked, [at_s - late_s, at_s + late_s])
-        if low < high:
-            found[low:high] = np.maximum(found[low:high], late_s)
-    back = np.empty_like(found)
-    back[order] = found
-    return back

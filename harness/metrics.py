@@ -197,3 +197,17 @@ def tokens_inside(t: Table, windows: Windows | Floats) -> dict[str, float]:
             tokens = NAN
     inputs = float(t.input_tokens[(first >= 0) & (t.input_tokens > 0)].sum())
     return {"output_tokens": tokens, "input_tokens": inputs, "requests": float((last >= 0).sum())}
+
+
+def held_up_s(stamps_s: Floats, held: Sequence[Sequence[float]], least_s: float) -> Floats:
+    """How late each stamp may be at most: [n] s.  What was read as long before or after a late tick as that was late may
+    have waited with it; everything else waited `least_s` or less."""
+    order = np.argsort(stamps_s)
+    ranked, found = stamps_s[order], np.full(len(stamps_s), least_s)
+    for at_s, late_s in held:
+        low, high = np.searchsorted(ranked, [at_s - late_s, at_s + late_s])
+        if low < high:
+            found[low:high] = np.maximum(found[low:high], late_s)
+    back = np.empty_like(found)
+    back[order] = found
+    return back

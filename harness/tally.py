@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import lag, metrics, stats
+from harness import metrics, stats
 from harness.metrics import METRICS
 from harness.records import NAN, Floats, Ints, Table
 from harness.stats import Spread
@@ -194,7 +194,7 @@ class Tally:
     def _add_trial(self, trial: Trial, t: Table) -> None:
         trial.inside.update(metrics.tokens_inside(t, trial.settle(self.slots)))
         if (felt := self.felt.get(int(t.trial[0]), {})).get("held_least_s") is not None:
-            self.held_up.add(lag.held_up_s(t.first_token_s, felt["held"], felt["held_least_s"]))
+            self.held_up.add(metrics.held_up_s(t.first_token_s, felt["held"], felt["held_least_s"]))
         one_each = metrics.one_token_each(t)
         if self.one_each and not one_each:
             self.spreads["chunk_gap"], self.one_each = self.spreads["itl"].copy(), False

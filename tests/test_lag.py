@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from harness import lag
-from harness.lag import HELD_KEPT, HELD_S, Lag, held_up_s
+from harness.lag import HELD_KEPT, HELD_S, Lag
+from harness.metrics import held_up_s
 
 
 def noticed(stops_s: list[float], apart_s: float = 0.05, exact: bool = True) -> dict[str, Any]:
