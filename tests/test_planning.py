@@ -172,7 +172,7 @@ def played(gpu: str, batch: int, requests: int = 2500) -> tuple[np.ndarray, np.n
     rng = np.random.default_rng(3)
     rate = found.columns["output_tokens_per_s"].value[batch - 1] / 150
     came = np.cumsum(rng.exponential(1 / rate, requests))
-    ready = came + found.setup.framework.request_s
+    ready = came + found.setup.request_s
     now, following, running, gaps, first = 0.0, 0, np.empty(0, int), [], []
     while following < requests:
         new = int(np.searchsorted(ready, now, "right")) - following

@@ -17,7 +17,8 @@ from harness.theory.hardware import Hardware
 class Framework:
     """`step_s` host time of a step that no GPU work hides, `sequence_s` more for each sequence in it; `launch_s` of a
     kernel launched from the host where no graph is replayed (`eager_*`), which counts where it is longer than the work.
-    `request_s` from a request's arrival to its first pass; `stream_s` of sending a token on, which is done beside the
+    `request_s` from a request's arrival to its first pass, `routed_s` more of a model with experts and `latent_s` of one with
+    latent attention (MLA), whose prefill the host launches kernel by kernel; `stream_s` of sending a token on, which is done beside the
     step and bounds it where many stream; `link_s` more for each transfer between accelerators.
 
     Times the kernels' own laws: `gemm` (reading weights), `compute`, `attention`, `elementwise` (what lies between the
@@ -43,6 +44,8 @@ class Framework:
     link_s: float = 0.0
     stream_s: float = 0.0
     request_s: float = 0.0
+    routed_s: float = 0.0
+    latent_s: float = 0.0
     gemm: float = 1.0
     compute: float = 1.0
     attention: float = 1.0

@@ -126,7 +126,7 @@ def closed(
     others = (running - 1) / s.dp  # replicas of the attention prefill a prompt each in the same pass
     wait = _queue(own, decoding, others + 1) + others / 2 * own / waves
     ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait * s.factors.queue}
-    ttft["host"] = ttft["host"] + s.framework.request_s * s.factors.request
+    ttft["host"] = ttft["host"] + s.request_s
     if s.factors.slot:
         ttft["waiting for a slot"] = s.factors.slot * decoding / np.maximum(clients - 1, 1)
     cycle = total(ttft) + decoding

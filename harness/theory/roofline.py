@@ -147,6 +147,13 @@ class Setup:
         """Tensor parallelism beyond the number of KV heads keeps copies of them."""
         return self.tp / min(self.tp, self.model.kv_heads)
 
+    @property
+    def request_s(self) -> float:
+        """From a request's arrival to its first pass."""
+        fw = self.framework
+        more = fw.routed_s * self.model.moe + fw.latent_s * self.model.mla
+        return (fw.request_s + more) * self.factors.request
+
     def weights_s(self) -> float:
         """Reading the weights once at the data sheet's rate (of all accelerators)."""
         return float(self.model.read_bytes(self.dtype)) / (self.hardware.bytes_per_s * self.tp)
