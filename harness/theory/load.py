@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.theory import kernels, memory
+from harness.theory.dtypes import WHOLE
 from harness.theory.roofline import Pass, Setup, Terms, decode_step, prefill_pass
 
 Array = npt.NDArray[np.float64]
@@ -104,8 +105,10 @@ def _round(s: Setup, size: Array, tokens: Array, output: Array, cached_share: fl
 
 # Lengths are nominal: benchmarks draw them from 0.8 to 1 of it, 0.9 on average.
 SLACK = 1.1
-# The share of memory is often raised, the cache quantized: only a clear excess over what fits is taken to wait.
-CLEAR = 1.35
+# Where weights are narrow and the cache's dtype is not told, it may be narrow too: what waits is what would with a cache of
+# half the bytes, as of two that are as likely the shorter wait errs by less of itself.  And where weights leave less than
+# this share of the memory, engines are told to take more of it.
+UNTOLD, LEAST_SPACE = 2.0, 0.04
 WAVES = 10  # requests for each of the clients in a closed loop, where nothing else is known: benchmarks' usual choice
 
 
@@ -130,7 +133,7 @@ def closed(
     if s.factors.slot:
         ttft["waiting for a slot"] = s.factors.slot * decoding / np.maximum(clients - 1, 1)
     cycle = total(ttft) + decoding
-    waiting = np.maximum(clients / np.maximum(running * CLEAR / SLACK, 1.0) - 1, 0.0) * cycle
+    waiting = np.maximum(clients / np.maximum(running * _doubt(s), 1.0) - 1, 0.0) * cycle * (1 - 0.5 / waves)
     if np.any(waiting > 0):
         ttft["waiting for memory"] = waiting
     return _loaded(s, ttft, itl, prefill, step, clients, cycle * clients / running, running, largest, tokens, output)
@@ -162,6 +165,13 @@ def _slots(s: Setup, tokens: Array, output: Array, cached_share: float) -> tuple
     if s.framework.mixed:
         slots = np.minimum(slots, 1 + s.dp * s.framework.chunk * output / (tokens * (1 - cached_share)))
     return np.maximum(slots, 0.0), memory.largest_batch(s, tokens + output)
+
+
+def _doubt(s: Setup) -> float:
+    """How many times the sequences may fit that are taken to, by what a table does not tell."""
+    space, least = memory.kv_space_bytes(s), LEAST_SPACE * memory.usable_bytes(s.hardware) * s.gpus
+    narrow = s.kv_dtype is None and (s.dtype or s.model.dtype) not in WHOLE
+    return max(1.0, least / max(space, 1.0)) * (UNTOLD if narrow else 1.0)
 
 
 def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Pass, Terms]:

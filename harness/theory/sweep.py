@@ -86,7 +86,7 @@ def sweep(
     rate: float | None = None,
     framework: str | None = None,
     cached_share: float = 0.0,
-    waves: float = load.WAVES,
+    waves: npt.ArrayLike = load.WAVES,
     draft: tuple[Model, int, float] | None = None,
     calibration: Calibration | None = None,
     room: Room = DEFAULT_ROOM,
@@ -121,7 +121,7 @@ def sweep(
     elif mode == "open" and rate is not None:
         timing = load.open_loop(s, rate, i, o, cached_share)
     else:
-        timing = load.closed(s, b, i, o, waves if mode == "closed" else np.inf, cached_share)
+        timing = load.closed(s, b, i, o, np.asarray(waves, dtype=np.float64) if mode == "closed" else np.inf, cached_share)
     return _columns(s, mode, b, i, o, timing, calibration)
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from harness.records import RidgelineError
-from harness.theory import catalogue, dtypes
+from harness.theory import catalogue, dtypes, load
 from harness.theory import hardware as table_of_hardware
 from harness.theory.calibration import Calibration
 from harness.theory.hardware import Hardware
@@ -38,6 +38,7 @@ METRICS = {
     "total_tps": ("output_tokens_per_s", 1.0),
     "mem_gb": ("mem_bytes", 2.0**30),
 }
+PROMPTS = 1000.0  # most in all that a benchmark is taken to send where it does not tell: vllm bench serve's default
 MOST = 1e8  # of anything counted
 NO_LENGTH = 128.0  # input tokens where a table does not tell: only what hardly depends on them is predicted
 Server = tuple[Any, ...]
@@ -179,7 +180,9 @@ def swept(case: Case, kind: str, rows: pd.DataFrame, calibration: Calibration | 
     split = {"tp": case.tp, "pp": case.pp, "dp": case.dp, "dtype": case.dtype, "kv_dtype": case.kv_dtype}
     if kind.startswith("offline"):
         batch, lengths = np.full(len(rows), 1e8), lengths
-    waves = np.inf if kind.startswith("offline") else 10.0
+    waves = np.full(len(rows), np.inf) if kind.startswith("offline") else np.clip(PROMPTS / batch, 1.0, load.WAVES)
+    if kind.startswith("burst"):
+        waves = np.ones(len(rows))
     return sweep(case.model, case.hardware, batch=batch, mode=mode, framework=case.framework, waves=waves,
                  calibration=calibration, **lengths, **split)  # type: ignore[arg-type]  # fmt: skip
 
