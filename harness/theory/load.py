@@ -125,6 +125,8 @@ def closed(
     slots, largest = _slots(s, tokens, output, cached_share)
     running = np.clip(clients, 1.0, np.maximum(slots, 1.0))
     prefill, step, itl = _served(s, running, tokens, output, cached_share)
+    if np.all(np.isinf(waves)):  # an offline run: no client to send each token to
+        itl["stream"] = np.zeros_like(running)
     own, decoding = prefill.total, total(itl) * np.maximum(output - 1, 0)
     others = (running - 1) / s.dp  # replicas of the attention prefill a prompt each in the same pass
     wait = _queue(own, decoding, others + 1) + others / 2 * own / waves
