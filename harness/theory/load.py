@@ -124,10 +124,10 @@ def closed(
     """
     slots, largest = _slots(s, tokens, output, cached_share)
     running = np.clip(clients, 1.0, np.maximum(slots, 1.0))
-    prefill, step, itl = _served(s, running, tokens, output, cached_share)
+    prefill, each, step, itl = _served(s, running, tokens, output, cached_share)
     if np.all(np.isinf(waves)):  # an offline run: no client to send each token to
         itl["stream"] = np.zeros_like(running)
-    own, decoding = prefill.total, total(itl) * np.maximum(output - 1, 0)
+    own, decoding = each, total(itl) * np.maximum(output - 1, 0)
     others = (running - 1) / s.dp  # replicas of the attention prefill a prompt each in the same pass
     wait = _queue(own, decoding, others + 1) + others / 2 * own / waves
     ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait * s.factors.queue}
@@ -148,7 +148,7 @@ def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share:
     slots, largest = _slots(s, tokens, output, cached_share)
     running = np.ones_like(tokens)
     for _ in range(40):  # damped; it climbs to the least fixed point, or to the slots where there is none below
-        prefill, step, itl = _served(s, running, tokens, output, cached_share)
+        prefill, _, step, itl = _served(s, running, tokens, output, cached_share)
         found = rate * (prefill.total + total(itl) * np.maximum(output - 1, 0))
         running = np.clip(0.5 * (running + found), 1.0, np.maximum(slots, 1.0))
     load = rate / s.dp * prefill.total
@@ -176,22 +176,26 @@ def _doubt(s: Setup) -> float:
     return max(1.0, least / max(space, 1.0)) * (UNTOLD if narrow else 1.0)
 
 
-def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Pass, Terms]:
-    """(the prefill of one prompt, the decoding step of those running, the time between two tokens by its terms)."""
+def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Array, Pass, Terms]:
+    """(the prefill of one prompt alone, what it takes among those that come up with it, the decoding step of those running, the time between two tokens by its terms)."""
     prefill = prefill_all(s, np.ones_like(running), tokens, cached_share)
     step = decode_step(s, running, tokens + 1, tokens + np.maximum(1.0, output - 1))
-    own = prefill.total
-    once = ("weights", "launch", "host", "link latency")  # a pass of both needs these but once
+    # Prompts that come up in the same step share a pass.
+    together = np.maximum(1.0, running / s.dp / output)
+    joint = prefill_all(s, together * s.dp, tokens, cached_share)
+    own = joint.total / together
+    once = ("launch", "host", "link latency")  # a pass of both needs these but once
     shared: Array | float = 0.0
     if s.framework.mixed:
         # Behind the reads there is only the room that the step's own matrix work leaves: none beyond the ridge.
         taken = np.minimum(step.terms["weights"], step.hidden["matmul"])
-        shared = sum(step.terms[k] for k in once if k in step.terms) - taken
+        shared = sum(np.minimum(step.terms[k], joint.terms[k]) for k in once if k in step.terms)
+        shared = (shared + step.terms["weights"] - taken) / together
     itl = {**step.terms, "prefills of others": (running - 1) / s.dp / output
            * np.maximum(own - passes_for(s, tokens) * shared, 0.3 * own)}  # fmt: skip
     plain, stream = total(itl), running * s.framework.stream_s * s.factors.overhead
     itl["stream"] = kernels.smooth_max(plain, stream, 3.0) - plain
-    return prefill, step, itl
+    return prefill, own, step, itl
 
 
 def _loaded(
