@@ -124,13 +124,18 @@ def closed(
     """
     slots, largest = _slots(s, tokens, output, cached_share)
     running = np.clip(clients, 1.0, np.maximum(slots, 1.0))
-    prefill, each, step, itl = _served(s, running, tokens, output, cached_share)
+    prefill, joint, together, step, itl = _served(s, running, tokens, output, cached_share)
     if np.all(np.isinf(waves)):  # an offline run: no client to send each token to
         itl["stream"] = np.zeros_like(running)
-    own, decoding = each, total(itl) * np.maximum(output - 1, 0)
-    others = (running - 1) / s.dp  # replicas of the attention prefill a prompt each in the same pass
-    wait = _queue(own, decoding, others + 1) + others / 2 * own / waves
-    ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait * s.factors.queue}
+    decoding = total(itl) * np.maximum(output - 1, 0)
+    groups = running / together  # of prompts in the same pass: replicas of the attention prefill one each
+    wait = _queue(joint, decoding, groups)
+    if s.framework.mixed:  # where every step has prompts: those of half the step that runs and of one's own
+        wait = np.maximum(wait, 1.5 * itl["prefills of others"])
+    wait = wait + np.maximum(groups - 1, 0.0) / 2 * joint / waves
+    by_clock = np.isinf(waves)  # who comes by the clock meets as many as there are, a client one fewer
+    found = np.where(by_clock, 1 - np.exp(-running), 1 - 1 / running)
+    ttft = {**prefill.terms, **_beside(s, step, found), "waiting for prefills": wait * s.factors.queue}
     ttft["host"] = ttft["host"] + s.request_s
     if s.factors.slot:
         ttft["waiting for a slot"] = s.factors.slot * decoding / np.maximum(clients - 1, 1)
@@ -148,13 +153,13 @@ def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share:
     slots, largest = _slots(s, tokens, output, cached_share)
     running = np.ones_like(tokens)
     for _ in range(40):  # damped; it climbs to the least fixed point, or to the slots where there is none below
-        prefill, _, step, itl = _served(s, running, tokens, output, cached_share)
+        prefill, _, _, step, itl = _served(s, running, tokens, output, cached_share)
         found = rate * (prefill.total + total(itl) * np.maximum(output - 1, 0))
         running = np.clip(0.5 * (running + found), 1.0, np.maximum(slots, 1.0))
     load = rate / s.dp * prefill.total
     saturated = (found > slots * (1 + 1e-3)) | (load >= 1)
     wait = np.where(saturated, np.inf, load * prefill.total / (2 * np.maximum(1 - load, 1e-9))) * s.factors.queue
-    ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait}
+    ttft = {**prefill.terms, **_beside(s, step, 1 - np.exp(-running)), "waiting for prefills": wait}
     seconds = np.where(saturated, running / np.maximum(found, 1e-300), 1.0) ** -1
     return _loaded(s, ttft, itl, prefill, step, np.full_like(tokens, rate), seconds, running, largest, tokens, output)
 
@@ -176,8 +181,19 @@ def _doubt(s: Setup) -> float:
     return max(1.0, least / max(space, 1.0)) * (UNTOLD if narrow else 1.0)
 
 
-def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Array, Pass, Terms]:
-    """(the prefill of one prompt alone, what it takes among those that come up with it, the decoding step of those running, the time between two tokens by its terms)."""
+def _beside(s: Setup, step: Pass, others: Array) -> Terms:
+    """What others' decoding adds to a first token, where with a chance of `others` there are some: half of the step that
+    runs, and where prompts go in mixed passes what their own has to do for those beside it."""
+    terms = {"waiting for a step": others * step.total / 2}
+    if s.framework.mixed:
+        beside = sum(step.terms[k] for k in ("kv cache", "attention", "activations", "ridge", "matmul", "link volume") if k in step.terms)
+        terms["waiting for those beside"] = others * beside
+    return terms
+
+
+def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Array, Array, Pass, Terms]:
+    """(the prefill of one prompt, the time of those that come up in one step together, how many these are, the decoding
+    step of those running, the time between two tokens by its terms)."""
     prefill = prefill_all(s, np.ones_like(running), tokens, cached_share)
     step = decode_step(s, running, tokens + 1, tokens + np.maximum(1.0, output - 1))
     # Prompts that come up in the same step share a pass.
@@ -195,7 +211,7 @@ def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share
            * np.maximum(own - passes_for(s, tokens) * shared, 0.3 * own)}  # fmt: skip
     plain, stream = total(itl), running * s.framework.stream_s * s.factors.overhead
     itl["stream"] = kernels.smooth_max(plain, stream, 3.0) - plain
-    return prefill, own, step, itl
+    return prefill, joint.total, together * s.dp, step, itl
 
 
 def _loaded(

@@ -49,6 +49,7 @@ LIMIT_OF = {
     "waiting for prefills": "queue",
     "waiting for a step": "queue",
     "waiting for a slot": "queue",
+    "waiting for those beside": "queue",
     "prefills of others": "compute",
     "stream": "latency",
     "draft": "memory_bandwidth",
