@@ -145,10 +145,11 @@ def _fill(out: pd.DataFrame, case: Case, kind: str, rows: pd.DataFrame, calibrat
     if not len(rows):
         return
     found = swept(case, kind, rows, calibration)
+    kept = _whole_run(kind, found)
     per_request = ((rows.isl + rows.osl) / rows.osl).to_numpy()
     for column, (metric, unit) in METRICS.items():
         got = found.columns[metric]
-        scale = {"out_tps": case.replicas, "total_tps": case.replicas * per_request, "mem_gb": case.replicas}.get(
+        scale = {"out_tps": case.replicas * kept, "total_tps": case.replicas * kept * per_request, "mem_gb": case.replicas}.get(
             column, 1
         )
         needs_length = column in ("ttft_ms", "e2e_s", "total_tps")
@@ -169,6 +170,22 @@ def _fill(out: pd.DataFrame, case: Case, kind: str, rows: pd.DataFrame, calibrat
     out.loc[unknown, "reason"] = "isl is missing: only what hardly depends on it is predicted"
 
 
+def _waves(kind: str, batch: Array) -> Array:
+    """How many requests each client of a benchmark sends."""
+    if kind.startswith("offline"):
+        return np.full(len(batch), np.inf)
+    return np.ones(len(batch)) if kind.startswith("burst") else np.clip(PROMPTS / batch, 1.0, load.WAVES)
+
+
+def _whole_run(kind: str, found: Sweep) -> Array:
+    """Tables give tokens over the whole run, at whose end fewer and fewer are in flight: the share of the rate in between
+    that is left where answers differ in length, half a round of those that run at once being lost."""
+    if kind in ("static", "wave"):
+        return np.ones(len(found))
+    rounds = _waves(kind, found.batch) * found.batch / found.running
+    return np.asarray(1 - 0.5 * (1 - 1 / found.running) / np.maximum(rounds, 1.0))
+
+
 def swept(case: Case, kind: str, rows: pd.DataFrame, calibration: Calibration | None) -> Sweep:
     """The sweep over rows of one server and kind."""
     lengths = {
@@ -180,10 +197,7 @@ def swept(case: Case, kind: str, rows: pd.DataFrame, calibration: Calibration | 
     split = {"tp": case.tp, "pp": case.pp, "dp": case.dp, "dtype": case.dtype, "kv_dtype": case.kv_dtype}
     if kind.startswith("offline"):
         batch, lengths = np.full(len(rows), 1e8), lengths
-    waves = np.full(len(rows), np.inf) if kind.startswith("offline") else np.clip(PROMPTS / batch, 1.0, load.WAVES)
-    if kind.startswith("burst"):
-        waves = np.ones(len(rows))
-    return sweep(case.model, case.hardware, batch=batch, mode=mode, framework=case.framework, waves=waves,
+    return sweep(case.model, case.hardware, batch=batch, mode=mode, framework=case.framework, waves=_waves(kind, batch),
                  calibration=calibration, **lengths, **split)  # type: ignore[arg-type]  # fmt: skip
 
 
