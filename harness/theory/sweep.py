@@ -145,10 +145,11 @@ def _columns(
     bounds = {"ttft_s": t.ttft_bound_s, "itl_s": t.itl_bound_s, "e2e_s": t.ttft_bound_s + steps * t.itl_bound_s,
               "output_tokens_per_s": t.requests * o / t.busy_bound_s,
               "mem_bytes": np.full_like(b, s.model.weight_bytes(s.dtype))}  # fmt: skip
+    full = t.running < 0.99 * b if mode == "closed" else np.zeros(len(b), bool)
     columns = {}
     for metric in METRICS:
         value = np.where(fits, values[metric], np.nan) if metric != "mem_bytes" else values[metric]
-        low, high = intervals.around(value, intervals.group(metric, mode, s, calibration))
+        low, high = intervals.around(value, intervals.group(metric, mode, s, calibration), full)
         if metric == "output_tokens_per_s":
             high = np.minimum(high, np.maximum(bounds[metric], value))
         else:
