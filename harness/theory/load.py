@@ -168,10 +168,12 @@ def _slots(s: Setup, tokens: Array, output: Array, cached_share: float) -> tuple
     """(sequences that the cache holds while each is on average half generated, or that come up while one is generated
     where a step takes no more than a chunk of prompts; whole ones that fit for certain)."""
     half = s.model.kv_bytes(tokens + output / 2, s.kv_dtype) * s.kv_copies
-    slots = np.minimum(SLACK * memory.kv_space_bytes(s) / half, s.framework.sequences * s.dp)
+    largest = memory.largest_batch(s, tokens + output)
+    slots = np.maximum(SLACK * memory.kv_space_bytes(s) / half, np.minimum(largest, 1.0))
+    slots = np.minimum(slots, s.framework.sequences * s.dp)
     if s.framework.mixed:
         slots = np.minimum(slots, 1 + s.dp * s.framework.chunk * output / (tokens * (1 - cached_share)))
-    return np.maximum(slots, 0.0), memory.largest_batch(s, tokens + output)
+    return np.maximum(slots, 0.0), largest
 
 
 def _doubt(s: Setup) -> float:
