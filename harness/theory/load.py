@@ -188,12 +188,18 @@ def _beside(s: Setup, step: Pass, others: Array) -> Terms:
     runs, and where prompts go in mixed passes what their own has to do for those beside it."""
     terms = {"waiting for a step": others * step.total / 2}
     if s.framework.mixed:
-        beside = sum(step.terms[k] for k in ("kv cache", "attention", "activations", "ridge", "matmul", "link volume") if k in step.terms)
+        beside = sum(
+            step.terms[k]
+            for k in ("kv cache", "attention", "activations", "ridge", "matmul", "link volume")
+            if k in step.terms
+        )
         terms["waiting for those beside"] = others * beside
     return terms
 
 
-def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Array, Array, Pass, Terms]:
+def _served(
+    s: Setup, running: Array, tokens: Array, output: Array, cached_share: float
+) -> tuple[Pass, Array, Array, Pass, Terms]:
     """(the prefill of one prompt, the time of those that come up in one step together, how many these are, the decoding
     step of those running, the time between two tokens by its terms)."""
     prefill = prefill_all(s, np.ones_like(running), tokens, cached_share)

@@ -121,7 +121,9 @@ def sweep(
     elif mode == "open" and rate is not None:
         timing = load.open_loop(s, rate, i, o, cached_share)
     else:
-        timing = load.closed(s, b, i, o, np.asarray(waves, dtype=np.float64) if mode == "closed" else np.inf, cached_share)
+        timing = load.closed(
+            s, b, i, o, np.asarray(waves, dtype=np.float64) if mode == "closed" else np.inf, cached_share
+        )
     return _columns(s, mode, b, i, o, timing, calibration)
 
 

@@ -149,9 +149,11 @@ def _fill(out: pd.DataFrame, case: Case, kind: str, rows: pd.DataFrame, calibrat
     per_request = ((rows.isl + rows.osl) / rows.osl).to_numpy()
     for column, (metric, unit) in METRICS.items():
         got = found.columns[metric]
-        scale = {"out_tps": case.replicas * kept, "total_tps": case.replicas * kept * per_request, "mem_gb": case.replicas}.get(
-            column, 1
-        )
+        scale = {
+            "out_tps": case.replicas * kept,
+            "total_tps": case.replicas * kept * per_request,
+            "mem_gb": case.replicas,
+        }.get(column, 1)
         needs_length = column in ("ttft_ms", "e2e_s", "total_tps")
         shown = rows.isl.notna().to_numpy() if needs_length else np.ones(len(rows), bool)
         for name, values in (
