@@ -1,9 +1,9 @@
 """Predictions held against measurements that others made: a table in, the same rows with predictions and errors out.
 
 Columns of the table: model, gpu, n_gpus, tp, pp, ep, framework, weight_dtype, kv_dtype, kind (static | concurrency | a
-kind that begins with "offline": as many as the memory holds), batch, isl, osl and any of ttft_ms, tpot_ms, e2e_s,
-out_tps, total_tps, mem_gb (GiB of all accelerators together, as nvidia-smi and torch count them).  A row that cannot be
-predicted has empty predictions and a `reason`.
+kind that begins with "offline": as many as the memory holds; with "burst": all sent at once), batch, isl, osl and any of
+ttft_ms, tpot_ms, e2e_s, out_tps, total_tps, mem_gb (GiB of all accelerators together, as nvidia-smi and torch count
+them).  A row that cannot be predicted has empty predictions and a `reason`.
 """
 
 from __future__ import annotations
