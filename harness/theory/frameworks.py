@@ -34,7 +34,8 @@ class Framework:
     (repeat_kv of transformers' modeling_llama.py).  `widen_above`: with more tokens than that a pass first writes narrow
     weights out in 16 bit (exllama's MAX_Q_GEMM_ROWS; bitsandbytes' gemv is for one token; AutoAWQ's heuristic).
     `cache_copies`: of the cache that are there at the peak of memory: two in releases before DYNAMIC_CACHE.
-    `sequences`: most in a step (vLLM's max_num_seqs).
+    `sequences`: most in a step (vLLM's max_num_seqs).  `gathers`: what comes at once is taken at once; others take the
+    first prompt that comes and prefill it alone, while the rest of its batch is still being read.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Framework:
     widen_above: float = math.inf
     cache_copies: float = 1.0
     sequences: float = math.inf
+    gathers: bool = False
 
 
 # Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
@@ -203,7 +205,7 @@ def find(
         large, new = _large(hardware), (release(name) or OVERLAPPED["vllm"]) >= OVERLAPPED["vllm"]
         row = replace(row, sequences=1024.0 if large and new else 256.0, chunk=row.chunk if large or not new else 2048)
     hosted = next((v for prefix, v in HOST.items() if hardware.name.startswith(prefix)), 1.0)
-    row = replace(row, launch_s=row.launch_s * hosted)
+    row = replace(row, launch_s=row.launch_s * hosted, gathers=named(name) == "llama.cpp")
     return replace(row, cache_copies=2.0) if row.copied and ran < DYNAMIC_CACHE else row
 
 
