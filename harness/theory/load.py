@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.theory import kernels, memory
-from harness.theory.dtypes import WHOLE
 from harness.theory.roofline import Pass, Setup, Terms, decode_step, prefill_pass
 
 Array = npt.NDArray[np.float64]
@@ -128,7 +127,7 @@ def _round(
 
 # Lengths are nominal: benchmarks draw them from 0.8 to 1 of it, 0.9 on average.
 SLACK = 1.1
-# Where weights are narrow and the cache's dtype is not told, it may be narrow too: what waits is what would with a cache of
+# Where weights are fp8 or nvfp4 and the cache's dtype is not told, it may be fp8 too: what waits is what would with a cache of
 # half the bytes, as of two that are as likely the shorter wait errs by less of itself.  And where weights leave less than
 # this share of the memory, engines are told to take more of it.
 UNTOLD, LEAST_SPACE = 2.0, 0.04
@@ -202,7 +201,7 @@ def _slots(s: Setup, tokens: Array, output: Array, cached_share: float) -> tuple
 def _doubt(s: Setup) -> float:
     """How many times the sequences may fit that are taken to, by what a table does not tell."""
     space, least = memory.kv_space_bytes(s), LEAST_SPACE * memory.usable_bytes(s.hardware) * s.gpus
-    narrow = s.kv_dtype is None and (s.dtype or s.model.dtype) not in WHOLE
+    narrow = s.kv_dtype is None and (s.dtype or s.model.dtype) in ("fp8", "nvfp4")
     return max(1.0, least / max(space, 1.0)) * (UNTOLD if narrow else 1.0)
 
 
