@@ -172,7 +172,7 @@ def played(gpu: str, batch: int, requests: int = 2500) -> tuple[np.ndarray, np.n
     rng = np.random.default_rng(3)
     rate = found.columns["output_tokens_per_s"].value[batch - 1] / 150
     came = np.cumsum(rng.exponential(1 / rate, requests))
-    ready = came + found.setup.framework.request_s
+    ready = came + found.setup.request_s
     now, following, running, gaps, first = 0.0, 0, np.empty(0, int), [], []
     while following < requests:
         new = int(np.searchsorted(ready, now, "right")) - following
@@ -264,14 +264,14 @@ def test_a_calibration_moves_the_plan():
 
 
 def test_one_of_two_ways_of_equal_cost_is_measured(found):
-    """Not a third one, and it is worth much: the intervals of both are wide."""
+    """Not a third one, and it is worth much: the intervals of both overlap."""
     a10 = next(w for w in found.best if w.hardware.name == "A10")
     par = found.choice.usd_per_million.value * a10.tokens_per_s.value * 3600 / 1e6 / a10.tp
     near = planned([replace(r, usd_per_h=1.001 * par) if r.name == "A10" else r for r in ROWS])
     assert near.choice.hardware.name == found.choice.hardware.name
     told = planning.advice(near)
     assert told.way.hardware.name in ("A10", found.choice.hardware.name)
-    assert told.saves > 10 * planning.WORTH
+    assert told.saves > 5 * planning.WORTH
 
 
 # --- measured ---------------------------------------------------------------------------------------------------------

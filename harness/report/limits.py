@@ -20,7 +20,8 @@ GROUPS: tuple[tuple[str, str, frozenset[str]], ...] = (
     ("Compute", "fourth", frozenset({"matmul", "attention", "ridge", "activations"})),
     ("Communication", "invalid", frozenset({"link latency", "link volume"})),
     ("Prefills of others and waiting", "third", frozenset({"prefills of others", "waiting for memory", "waiting for prefills",
-                                                           "waiting for a step", "waiting for a slot"})),
+                                                           "waiting for a step", "waiting for a slot",
+                                                           "waiting for those beside"})),
     ("Launch and host", "predicted", frozenset()),
 )  # fmt: skip
 REST = "Unexplained"

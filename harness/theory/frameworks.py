@@ -17,7 +17,8 @@ from harness.theory.hardware import Hardware
 class Framework:
     """`step_s` host time of a step that no GPU work hides, `sequence_s` more for each sequence in it; `launch_s` of a
     kernel launched from the host where no graph is replayed (`eager_*`), which counts where it is longer than the work.
-    `request_s` from a request's arrival to its first pass; `stream_s` of sending a token on, which is done beside the
+    `request_s` from a request's arrival to its first pass, `routed_s` more of a model with experts and `latent_s` of one with
+    latent attention (MLA), whose prefill the host launches kernel by kernel; `stream_s` of sending a token on, which is done beside the
     step and bounds it where many stream; `link_s` more for each transfer between accelerators.
 
     Times the kernels' own laws: `gemm` (reading weights), `compute`, `attention`, `elementwise` (what lies between the
@@ -44,6 +45,8 @@ class Framework:
     link_s: float = 0.0
     stream_s: float = 0.0
     request_s: float = 0.0
+    routed_s: float = 0.0
+    latent_s: float = 0.0
     gemm: float = 1.0
     compute: float = 1.0
     attention: float = 1.0
@@ -161,6 +164,11 @@ def named(name: str | None) -> str:
 # A launch takes a desktop's CPU, beside which these cards sit, less time than a server's, and a T4's old servers more: half way
 # (in the logarithm) to bitsandbytes' benchmarks on one machine each (0.43 and 1.5 times an H100's).
 HOST = {"RTX-40": 0.65, "RTX-50": 0.65, "T4": 1.22}
+# Before these releases, in the first weeks of DeepSeek-V3, engines ran latent attention and blockwise fp8 by many general
+# kernels.  What that adds to a step lies between 12 and 43 ms on five servers of dstackai/benchmarks' DeepSeek-R1.
+TUNED_LATENT = {"vllm": (0, 8), "sglang": (0, 4, 4), "tensorrt-llm": (0, 18)}
+UNTUNED_STEP_S = 25e-3
+LATENT = ("deepseek_v2", "deepseek_v3")
 CPU_CHUNK = 2048  # tokens of a pass on a CPU: vLLM's max_num_batched_tokens there, llama.cpp's n_batch
 LAST_LOGITS = (4, 45)  # since this release transformers' generate() computes a prompt's last logits only
 # Since this one each layer replaces its own cache; before it the old caches of all layers live until the step has ended.
@@ -177,10 +185,10 @@ def overlapped(name: str | None) -> bool:
     return (release(name) or (0, 0)) >= OVERLAPPED.get(named(name), (10**6, 0))
 
 
-def release(name: str | None) -> tuple[int, int] | None:
-    """The first release that a name states: (0, 11) of "vLLM 0.11.0"."""
-    found = re.search(r"(\d+)\.(\d+)", name or "")
-    return (int(found[1]), int(found[2])) if found else None
+def release(name: str | None) -> tuple[int, ...] | None:
+    """The first release that a name states: (0, 11, 0) of "vLLM 0.11.0"."""
+    found = re.search(r"\d+(?:\.\d+){1,2}", name or "")
+    return tuple(map(int, found[0].split("."))) if found else None
 
 
 def find(
@@ -191,6 +199,8 @@ def find(
     row = _find(named(name), hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name))
     ran = release(name) or (KNOWN_SINCE.get(family, (4, 0)) if offline else (99, 0))
     row = replace(row, all_logits=row.all_logits and ran < LAST_LOGITS, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
+    if family in LATENT and (release(name) or (99,)) < TUNED_LATENT.get(named(name), (0,)):
+        row = replace(row, step_s=row.step_s + UNTUNED_STEP_S)
     if named(name) == "vllm":
         large, new = _large(hardware), (release(name) or OVERLAPPED["vllm"]) >= OVERLAPPED["vllm"]
         row = replace(row, sequences=1024.0 if large and new else 256.0, chunk=row.chunk if large or not new else 2048)

@@ -1,7 +1,7 @@
 """How far measurements lie from predictions: 90 % intervals by kind of point, from residuals on public measurements.
 
 `intervals.csv` has, by metric, mode, framework, number of accelerators, whether the kernels of the hardware were measured,
-kind of model and calibration, the factors below and above a prediction between which 90 % of the measurements lie (made by
+kind of model, calibration and whether more is asked of the server than its memory holds, the factors below and above a prediction between which 90 % of the measurements lie (made by
 `python -m tests.validation_page`; its head says from what).  The first row that matches counts; "*" matches all.
 """
 
@@ -20,7 +20,7 @@ from harness.theory.frameworks import named
 from harness.theory.roofline import Setup
 
 Array = npt.NDArray[np.float64]
-KEYS = ("metric", "mode", "framework", "devices", "kernels", "model", "calibrated")
+KEYS = ("metric", "mode", "framework", "devices", "kernels", "model", "calibrated", "full")
 
 
 @cache
@@ -31,7 +31,7 @@ def _rows() -> tuple[tuple[tuple[str, ...], float, float], ...]:
 
 
 def group(metric: str, mode: str, s: Setup, calibration: Calibration | None) -> tuple[str, ...]:
-    """What decides a point's interval, in the order of KEYS."""
+    """What decides an interval, in the order of KEYS but for the last."""
     return (
         metric,
         "closed" if mode == "open" else "static" if mode == "wave" else mode,
@@ -49,7 +49,7 @@ def factors(key: tuple[str, ...]) -> tuple[float, float]:
     return next((low, high) for row, low, high in _rows() if all(r in ("*", k) for r, k in zip(row, key, strict=True)))
 
 
-def around(value: Array, key: tuple[str, ...]) -> tuple[Array, Array]:
-    """The interval's ends of each value."""
-    low, high = factors(key)
-    return value * low, value * high
+def around(value: Array, key: tuple[str, ...], full: npt.NDArray[np.bool_]) -> tuple[Array, Array]:
+    """The interval's ends of each value; `full`: more is in flight than the memory holds."""
+    free, waits = factors((*key, "no")), factors((*key, "yes"))
+    return value * np.where(full, waits[0], free[0]), value * np.where(full, waits[1], free[1])

@@ -127,8 +127,10 @@ def _round(
 
 # Lengths are nominal: benchmarks draw them from 0.8 to 1 of it, 0.9 on average.
 SLACK = 1.1
-# The share of memory is often raised, the cache quantized: only a clear excess over what fits is taken to wait.
-CLEAR = 1.35
+# Where weights are fp8 or nvfp4 and the cache's dtype is not told, it may be fp8 too: what waits is what would with a cache of
+# half the bytes, as of two that are as likely the shorter wait errs by less of itself.  And where weights leave less than
+# this share of the memory, engines are told to take more of it.
+UNTOLD, LEAST_SPACE = 2.0, 0.04
 WAVES = 10  # requests for each of the clients in a closed loop, where nothing else is known: benchmarks' usual choice
 
 
@@ -144,16 +146,23 @@ def closed(
     """
     slots, largest = _slots(s, tokens, output, cached_share)
     running = np.clip(clients, 1.0, np.maximum(slots, 1.0))
-    prefill, step, itl = _served(s, running, tokens, output, cached_share)
-    own, decoding = prefill.total, total(itl) * np.maximum(output - 1, 0)
-    others = (running - 1) / s.dp  # replicas of the attention prefill a prompt each in the same pass
-    wait = _queue(own, decoding, others + 1) + others / 2 * own / waves
-    ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait * s.factors.queue}
-    ttft["host"] = ttft["host"] + s.framework.request_s * s.factors.request
+    prefill, joint, together, step, itl = _served(s, running, tokens, output, cached_share)
+    if np.all(np.isinf(waves)):  # an offline run: no client to send each token to
+        itl["stream"] = np.zeros_like(running)
+    decoding = total(itl) * np.maximum(output - 1, 0)
+    groups = running / together  # of prompts in the same pass: replicas of the attention prefill one each
+    wait = _queue(joint, decoding, groups)
+    if s.framework.mixed:  # where every step has prompts: those of half the step that runs and of one's own
+        wait = np.maximum(wait, 1.5 * itl["prefills of others"])
+    wait = wait + np.maximum(groups - 1, 0.0) / 2 * joint / waves
+    by_clock = np.isinf(waves)  # who comes by the clock meets as many as there are, a client one fewer
+    found = np.where(by_clock, 1 - np.exp(-running), 1 - 1 / running)
+    ttft = {**prefill.terms, **_beside(s, step, found), "waiting for prefills": wait * s.factors.queue}
+    ttft["host"] = ttft["host"] + s.request_s
     if s.factors.slot:
         ttft["waiting for a slot"] = s.factors.slot * decoding / np.maximum(clients - 1, 1)
     cycle = total(ttft) + decoding
-    waiting = np.maximum(clients / np.maximum(running * CLEAR / SLACK, 1.0) - 1, 0.0) * cycle
+    waiting = np.maximum(clients / np.maximum(running * _doubt(s), 1.0) - 1, 0.0) * cycle * (1 - 0.5 / waves)
     if np.any(waiting > 0):
         ttft["waiting for memory"] = waiting
     return _loaded(s, ttft, itl, prefill, step, clients, cycle * clients / running, running, largest, tokens, output)
@@ -166,13 +175,13 @@ def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share:
     slots, largest = _slots(s, tokens, output, cached_share)
     running = np.ones_like(tokens)
     for _ in range(40):  # damped; it climbs to the least fixed point, or to the slots where there is none below
-        prefill, step, itl = _served(s, running, tokens, output, cached_share)
+        prefill, _, _, step, itl = _served(s, running, tokens, output, cached_share)
         found = rate * (prefill.total + total(itl) * np.maximum(output - 1, 0))
         running = np.clip(0.5 * (running + found), 1.0, np.maximum(slots, 1.0))
     load = rate / s.dp * prefill.total
     saturated = (found > slots * (1 + 1e-3)) | (load >= 1)
     wait = np.where(saturated, np.inf, load * prefill.total / (2 * np.maximum(1 - load, 1e-9))) * s.factors.queue
-    ttft = {**prefill.terms, "waiting for a step": step.total / 2, "waiting for prefills": wait}
+    ttft = {**prefill.terms, **_beside(s, step, 1 - np.exp(-running)), "waiting for prefills": wait}
     seconds = np.where(saturated, running / np.maximum(found, 1e-300), 1.0) ** -1
     return _loaded(s, ttft, itl, prefill, step, np.full_like(tokens, rate), seconds, running, largest, tokens, output)
 
@@ -181,28 +190,58 @@ def _slots(s: Setup, tokens: Array, output: Array, cached_share: float) -> tuple
     """(sequences that the cache holds while each is on average half generated, or that come up while one is generated
     where a step takes no more than a chunk of prompts; whole ones that fit for certain)."""
     half = s.model.kv_bytes(tokens + output / 2, s.kv_dtype) * s.kv_copies
-    slots = np.minimum(SLACK * memory.kv_space_bytes(s) / half, s.framework.sequences * s.dp)
+    largest = memory.largest_batch(s, tokens + output)
+    slots = np.maximum(SLACK * memory.kv_space_bytes(s) / half, np.minimum(largest, 1.0))
+    slots = np.minimum(slots, s.framework.sequences * s.dp)
     if s.framework.mixed:
         slots = np.minimum(slots, 1 + s.dp * s.framework.chunk * output / (tokens * (1 - cached_share)))
-    return np.maximum(slots, 0.0), memory.largest_batch(s, tokens + output)
+    return np.maximum(slots, 0.0), largest
 
 
-def _served(s: Setup, running: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Pass, Terms]:
-    """(the prefill of one prompt, the decoding step of those running, the time between two tokens by its terms)."""
+def _doubt(s: Setup) -> float:
+    """How many times the sequences may fit that are taken to, by what a table does not tell."""
+    space, least = memory.kv_space_bytes(s), LEAST_SPACE * memory.usable_bytes(s.hardware) * s.gpus
+    narrow = s.kv_dtype is None and (s.dtype or s.model.dtype) in ("fp8", "nvfp4")
+    return max(1.0, least / max(space, 1.0)) * (UNTOLD if narrow else 1.0)
+
+
+def _beside(s: Setup, step: Pass, others: Array) -> Terms:
+    """What others' decoding adds to a first token, where with a chance of `others` there are some: half of the step that
+    runs, and where prompts go in mixed passes what their own has to do for those beside it."""
+    terms = {"waiting for a step": others * step.total / 2}
+    if s.framework.mixed:
+        beside = sum(
+            step.terms[k]
+            for k in ("kv cache", "attention", "activations", "ridge", "matmul", "link volume")
+            if k in step.terms
+        )
+        terms["waiting for those beside"] = others * beside
+    return terms
+
+
+def _served(
+    s: Setup, running: Array, tokens: Array, output: Array, cached_share: float
+) -> tuple[Pass, Array, Array, Pass, Terms]:
+    """(the prefill of one prompt, the time of those that come up in one step together, how many these are, the decoding
+    step of those running, the time between two tokens by its terms)."""
     prefill = prefill_all(s, np.ones_like(running), tokens, cached_share)
     step = decode_step(s, running, tokens + 1, tokens + np.maximum(1.0, output - 1))
-    own = prefill.total
-    once = ("weights", "launch", "host", "link latency")  # a pass of both needs these but once
+    # Prompts that come up in the same step share a pass.
+    together = np.maximum(1.0, running / s.dp / output)
+    joint = prefill_all(s, together * s.dp, tokens, cached_share)
+    own = joint.total / together
+    once = ("launch", "host", "link latency")  # a pass of both needs these but once
     shared: Array | float = 0.0
     if s.framework.mixed:
         # Behind the reads there is only the room that the step's own matrix work leaves: none beyond the ridge.
         taken = np.minimum(step.terms["weights"], step.hidden["matmul"])
-        shared = sum(step.terms[k] for k in once if k in step.terms) - taken
+        shared = sum(np.minimum(step.terms[k], joint.terms[k]) for k in once if k in step.terms)
+        shared = (shared + step.terms["weights"] - taken) / together
     itl = {**step.terms, "prefills of others": (running - 1) / s.dp / output
            * np.maximum(own - passes_for(s, tokens) * shared, 0.3 * own)}  # fmt: skip
     plain, stream = total(itl), running * s.framework.stream_s * s.factors.overhead
     itl["stream"] = kernels.smooth_max(plain, stream, 3.0) - plain
-    return prefill, step, itl
+    return prefill, joint.total, together * s.dp, step, itl
 
 
 def _loaded(

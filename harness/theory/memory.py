@@ -7,6 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from harness.theory.dtypes import BITS
 from harness.theory.hardware import Hardware
 from harness.theory.roofline import Setup
 
@@ -17,6 +18,10 @@ GIB_PER_GB = 2**30 / 1e9
 # 80 GB, 143771 for an H200 of 141 GB.  Of the GDDR6 of these, error correction takes a sixteenth: 23028 MiB for an A10.
 INLINE_ECC = ("T4", "A10", "A10G", "A40", "L4", "L40", "L40S")
 SEQUENCES = 256  # most sequences in a step by the engines' defaults: their logits are kept in space reserved beforehand
+
+# Of each logit while vLLM's trial pass sorts them for sampling, of as many sequences as its server takes on large cards: in 32
+# bit, once more, and their places.  Its logs of gpt-oss-120b and Qwen3-235B on H100s have 7 to 9 GiB beside weights and cache.
+SORTED_BYTES = 18
 
 
 def usable_bytes(hardware: Hardware) -> float:
@@ -38,16 +43,26 @@ def activation_bytes(s: Setup, tokens: Array | float, heads: Array | float) -> A
     return np.asarray(layer + heads * model.vocab * 6.0 / s.tp)
 
 
-def kv_space_bytes(s: Setup) -> float:
+def padding_bytes(s: Setup) -> float:
+    """What engines add to 4 bit experts, whose rows they fill up to a multiple of 256 for their kernels (vLLM's mxfp4.py,
+    Apache-2.0): of gpt-oss-120b, whose weights take 60.7 GiB, it logs 64.4 (Triton) and 66.0 (Marlin)."""
+    if BITS.get(s.dtype or s.model.dtype, 16.0) >= 8:
+        return 0.0
+    return s.model.bytes_by_part(s.dtype)["experts"] * (math.ceil(s.model.hidden / 256) * 256 / s.model.hidden - 1)
+
+
+def kv_space_bytes(s: Setup, *, sampling: bool = True) -> float:
     """Bytes left for KV cache on all accelerators together: what was told, or of the engine's share what weights, the
     largest pass and the runtime leave, as vLLM finds it by a trial pass when it starts."""
     if not math.isnan(s.memory.kv_bytes):
         return s.memory.kv_bytes * s.gpus
     share = s.memory.share if s.framework.pool else 1.0  # without a pool it takes what it needs
-    taken = usable_bytes(s.hardware) * s.gpus * share - s.model.weight_bytes(s.dtype)
+    taken = usable_bytes(s.hardware) * s.gpus * share - s.model.weight_bytes(s.dtype) - padding_bytes(s)
     if s.hardware.measured:
         return taken
     passing = float(activation_bytes(s, s.memory.batched_tokens or s.framework.chunk, SEQUENCES)) + CONTEXT_BYTES
+    if sampling and SEQUENCES < s.framework.sequences < math.inf:
+        passing += s.framework.sequences * s.model.vocab * SORTED_BYTES
     if not s.memory.batched_tokens:  # where it would not fit, an engine is told to do less at a time
         passing = min(passing, 0.1 * usable_bytes(s.hardware))
     return taken - passing * s.gpus
@@ -62,9 +77,10 @@ def kv_capacity(s: Setup) -> tuple[int, int]:
 
 
 def largest_batch(s: Setup, context: Array) -> Array:
-    """Whole sequences of `context` tokens whose KV cache fits beside the weights; 0: not one."""
+    """Whole sequences of `context` tokens whose KV cache fits beside the weights; 0: not one.  Where that is tight an engine
+    is told to sample fewer at a time."""
     each = s.model.kv_bytes(context, s.kv_dtype) * s.kv_copies
-    return np.maximum(0.0, np.floor(kv_space_bytes(s) / each))
+    return np.maximum(0.0, np.floor(kv_space_bytes(s, sampling=False) / each))
 
 
 def peak_terms(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str, Array]:

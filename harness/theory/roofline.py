@@ -49,6 +49,7 @@ LIMIT_OF = {
     "waiting for prefills": "queue",
     "waiting for a step": "queue",
     "waiting for a slot": "queue",
+    "waiting for those beside": "queue",
     "prefills of others": "compute",
     "stream": "latency",
     "draft": "memory_bandwidth",
@@ -146,6 +147,13 @@ class Setup:
     def kv_copies(self) -> float:
         """Tensor parallelism beyond the number of KV heads keeps copies of them."""
         return self.tp / min(self.tp, self.model.kv_heads)
+
+    @property
+    def request_s(self) -> float:
+        """From a request's arrival to its first pass."""
+        fw = self.framework
+        more = fw.routed_s * self.model.moe + fw.latent_s * self.model.mla
+        return (fw.request_s + more) * self.factors.request
 
     def weights_s(self) -> float:
         """Reading the weights once at the data sheet's rate (of all accelerators)."""

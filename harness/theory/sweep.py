@@ -86,7 +86,7 @@ def sweep(
     rate: float | None = None,
     framework: str | None = None,
     cached_share: float = 0.0,
-    waves: float = load.WAVES,
+    waves: npt.ArrayLike = load.WAVES,
     draft: tuple[Model, int, float] | None = None,
     calibration: Calibration | None = None,
     room: Room = DEFAULT_ROOM,
@@ -121,7 +121,9 @@ def sweep(
     elif mode == "open" and rate is not None:
         timing = load.open_loop(s, rate, i, o, cached_share)
     else:
-        timing = load.closed(s, b, i, o, waves if mode == "closed" else np.inf, cached_share)
+        timing = load.closed(
+            s, b, i, o, np.asarray(waves, dtype=np.float64) if mode == "closed" else np.inf, cached_share
+        )
     return _columns(s, mode, b, i, o, timing, calibration)
 
 
@@ -145,10 +147,11 @@ def _columns(
     bounds = {"ttft_s": t.ttft_bound_s, "itl_s": t.itl_bound_s, "e2e_s": t.ttft_bound_s + steps * t.itl_bound_s,
               "output_tokens_per_s": t.requests * o / t.busy_bound_s,
               "mem_bytes": np.full_like(b, s.model.weight_bytes(s.dtype))}  # fmt: skip
+    full = t.running < 0.99 * b if mode == "closed" else np.zeros(len(b), bool)
     columns = {}
     for metric in METRICS:
         value = np.where(fits, values[metric], np.nan) if metric != "mem_bytes" else values[metric]
-        low, high = intervals.around(value, intervals.group(metric, mode, s, calibration))
+        low, high = intervals.around(value, intervals.group(metric, mode, s, calibration), full)
         if metric == "output_tokens_per_s":
             high = np.minimum(high, np.maximum(bounds[metric], value))
         else:

@@ -70,7 +70,7 @@ def terms_at(found: Sweep, metric: str, share: float) -> Terms:
         return terms
     if metric == "ttft_s":
         s = found.setup
-        before = s.framework.request_s * s.factors.request  # until its first pass; others are not held up by it
+        before = s.request_s  # until its first pass; others are not held up by it
         own = np.asarray(sum(v for name, v in terms.items() if not name.startswith("waiting"))) - before
         load = found.columns["output_tokens_per_s"].value / found.output_tokens * own
         terms["waiting for a step"] = 2 * share * terms["waiting for a step"]

@@ -1,9 +1,9 @@
 """Predictions held against measurements that others made: a table in, the same rows with predictions and errors out.
 
 Columns of the table: model, gpu, n_gpus, tp, pp, ep, framework, weight_dtype, kv_dtype, kind (static | concurrency | a
-kind that begins with "offline": as many as the memory holds), batch, isl, osl and any of ttft_ms, tpot_ms, e2e_s,
-out_tps, total_tps, mem_gb (GiB of all accelerators together, as nvidia-smi and torch count them).  A row that cannot be
-predicted has empty predictions and a `reason`.
+kind that begins with "offline": as many as the memory holds; with "burst": all sent at once), batch, isl, osl and any of
+ttft_ms, tpot_ms, e2e_s, out_tps, total_tps, mem_gb (GiB of all accelerators together, as nvidia-smi and torch count
+them).  A row that cannot be predicted has empty predictions and a `reason`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from harness.records import RidgelineError
-from harness.theory import catalogue, dtypes
+from harness.theory import catalogue, dtypes, load
 from harness.theory import hardware as table_of_hardware
 from harness.theory.calibration import Calibration
 from harness.theory.hardware import Hardware
@@ -38,6 +38,7 @@ METRICS = {
     "total_tps": ("output_tokens_per_s", 1.0),
     "mem_gb": ("mem_bytes", 2.0**30),
 }
+PROMPTS = 1000.0  # most in all that a benchmark is taken to send where it does not tell: vllm bench serve's default
 MOST = 1e8  # of anything counted
 NO_LENGTH = 128.0  # input tokens where a table does not tell: only what hardly depends on them is predicted
 Server = tuple[Any, ...]
@@ -144,12 +145,15 @@ def _fill(out: pd.DataFrame, case: Case, kind: str, rows: pd.DataFrame, calibrat
     if not len(rows):
         return
     found = swept(case, kind, rows, calibration)
+    kept = _whole_run(kind, found)
     per_request = ((rows.isl + rows.osl) / rows.osl).to_numpy()
     for column, (metric, unit) in METRICS.items():
         got = found.columns[metric]
-        scale = {"out_tps": case.replicas, "total_tps": case.replicas * per_request, "mem_gb": case.replicas}.get(
-            column, 1
-        )
+        scale = {
+            "out_tps": case.replicas * kept,
+            "total_tps": case.replicas * kept * per_request,
+            "mem_gb": case.replicas,
+        }.get(column, 1)
         needs_length = column in ("ttft_ms", "e2e_s", "total_tps")
         shown = rows.isl.notna().to_numpy() if needs_length else np.ones(len(rows), bool)
         for name, values in (
@@ -168,6 +172,22 @@ def _fill(out: pd.DataFrame, case: Case, kind: str, rows: pd.DataFrame, calibrat
     out.loc[unknown, "reason"] = "isl is missing: only what hardly depends on it is predicted"
 
 
+def _waves(kind: str, batch: Array) -> Array:
+    """How many requests each client of a benchmark sends."""
+    if kind.startswith("offline"):
+        return np.full(len(batch), np.inf)
+    return np.ones(len(batch)) if kind.startswith("burst") else np.clip(PROMPTS / batch, 1.0, load.WAVES)
+
+
+def _whole_run(kind: str, found: Sweep) -> Array:
+    """Tables give tokens over the whole run, at whose end fewer and fewer are in flight: the share of the rate in between
+    that is left where answers differ in length, half a round of those that run at once being lost."""
+    if kind in ("static", "wave"):
+        return np.ones(len(found))
+    rounds = _waves(kind, found.batch) * found.batch / found.running
+    return np.asarray(1 - 0.5 * (1 - 1 / found.running) / np.maximum(rounds, 1.0))
+
+
 def swept(case: Case, kind: str, rows: pd.DataFrame, calibration: Calibration | None) -> Sweep:
     """The sweep over rows of one server and kind."""
     lengths = {
@@ -179,8 +199,7 @@ def swept(case: Case, kind: str, rows: pd.DataFrame, calibration: Calibration | 
     split = {"tp": case.tp, "pp": case.pp, "dp": case.dp, "dtype": case.dtype, "kv_dtype": case.kv_dtype}
     if kind.startswith("offline"):
         batch, lengths = np.full(len(rows), 1e8), lengths
-    waves = np.inf if kind.startswith("offline") else 10.0
-    return sweep(case.model, case.hardware, batch=batch, mode=mode, framework=case.framework, waves=waves,
+    return sweep(case.model, case.hardware, batch=batch, mode=mode, framework=case.framework, waves=_waves(kind, batch),
                  calibration=calibration, **lengths, **split)  # type: ignore[arg-type]  # fmt: skip
 
 
