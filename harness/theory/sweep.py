@@ -149,6 +149,8 @@ def _columns(
     for metric in METRICS:
         value = np.where(fits, values[metric], np.nan) if metric != "mem_bytes" else values[metric]
         low, high = intervals.around(value, intervals.group(metric, mode, s, calibration))
+        if metric == "mem_bytes":
+            low, high = memory.interval(s, value, low, high)
         if metric == "output_tokens_per_s":
             high = np.minimum(high, np.maximum(bounds[metric], value))
         else:

@@ -2,7 +2,7 @@
 
 Columns of the table: model, gpu, n_gpus, tp, pp, ep, framework, weight_dtype, kv_dtype, kind (static | concurrency | a
 kind that begins with "offline": as many as the memory holds), batch, isl, osl and any of ttft_ms, tpot_ms, e2e_s,
-out_tps, total_tps, mem_gb (GiB of all accelerators together, as nvidia-smi and torch count them).  A row that cannot be
+out_tps, total_tps, mem_gb (of all accelerators together; what a GB is there: `memory_units`).  A row that cannot be
 predicted has empty predictions and a `reason`.
 """
 
@@ -18,9 +18,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from harness.records import RidgelineError
-from harness.theory import catalogue, dtypes
+from harness.theory import catalogue, dtypes, memory
 from harness.theory import hardware as table_of_hardware
 from harness.theory.calibration import Calibration
+from harness.theory.frameworks import named
 from harness.theory.hardware import Hardware
 from harness.theory.shape import Model
 from harness.theory.sweep import Sweep, sweep
@@ -36,9 +37,10 @@ METRICS = {
     "e2e_s": ("e2e_s", 1.0),
     "out_tps": ("output_tokens_per_s", 1.0),
     "total_tps": ("output_tokens_per_s", 1.0),
-    "mem_gb": ("mem_bytes", 2.0**30),
+    "mem_gb": ("mem_bytes", 1.0),  # in what `memory_units` finds
 }
 MOST = 1e8  # of anything counted
+GIB, GB = 2.0**30, 1e9
 NO_LENGTH = 128.0  # input tokens where a table does not tell: only what hardly depends on them is predicted
 Server = tuple[Any, ...]
 SERVER = ("model", "gpu", "framework", "weight_dtype", "kv_dtype", "n_gpus", "tp", "pp", "ep")
@@ -115,6 +117,25 @@ def servers(frame: pd.DataFrame) -> Iterator[tuple[dict[Hashable, Any], pd.DataF
 Calibrate = Callable[[dict[Hashable, Any]], Calibration | None]
 
 
+def memory_units(frame: pd.DataFrame) -> pd.Series[float]:
+    """Bytes of a GB of mem_gb for each row: 2**30 as nvidia-smi, vLLM, LMDeploy and llama.cpp count, 1e9 as the scripts around
+    torch do mostly (optimum-benchmark, gpt-fast).  Where these show less than the bytes of a model's 16-bit weights alone it
+    can only be 2**30 as well, for all rows of that framework and source (columns dataset and source_repo, if there)."""
+    units = pd.Series(GIB, frame.index)
+    units[frame.framework.map(named).isin(memory.TORCH_COUNTED)] = GB
+    torch = frame[units.eq(GB) & frame.mem_gb.gt(0)]
+    source = [c for c in ("dataset", "source_repo") if c in frame] + ["framework"]
+    for (model, named_dtype), rows in torch.groupby(["model", "weight_dtype"]):
+        try:
+            found, dtype = catalogue.find(str(model)), dtypes.stated(str(named_dtype))
+        except RidgelineError:
+            continue  # said when it is predicted
+        least = found.weight_bytes(dtype) if (dtype or found.dtype) in dtypes.WHOLE else 0.0
+        for key in set(rows.loc[rows.mem_gb * GB < least, source].itertuples(index=False, name=None)):
+            units[(frame[source] == list(key)).all(axis=1)] = GIB
+    return units
+
+
 def predictions(frame: pd.DataFrame, calibrate: Calibrate | None = None) -> pd.DataFrame:
     """The rows with pred_*, pred_*_low, pred_*_high, bound_* of each metric and `reason`; the order stays.
 
@@ -124,10 +145,13 @@ def predictions(frame: pd.DataFrame, calibrate: Calibrate | None = None) -> pd.D
              (("pred_", ""), ("pred_", "_low"), ("pred_", "_high"), ("bound_", ""))]  # fmt: skip
     out = frame.join(pd.DataFrame(np.nan, index=frame.index, columns=names))
     out["reason"] = ""
+    units = memory_units(frame)
     for common, rows in servers(frame):
         try:
             case = case_of(common)
             _fill(out, case, common["kind"], rows, calibrate(common) if calibrate else None)
+            memory_columns = [c for c in names if c.endswith(("mem_gb", "mem_gb_low", "mem_gb_high"))]
+            out.loc[rows.index, memory_columns] = out.loc[rows.index, memory_columns].div(units[rows.index], axis=0)
         except RidgelineError as problem:
             out.loc[rows.index, "reason"] = str(problem)
     return out
@@ -151,6 +175,8 @@ def _fill(out: pd.DataFrame, case: Case, kind: str, rows: pd.DataFrame, calibrat
             column, 1
         )
         needs_length = column in ("ttft_ms", "e2e_s", "total_tps")
+        if column == "mem_gb":  # the interval is of what is counted, as the value is
+            scale = scale * (1 - memory.uncounted_bytes(found.setup) / got.value)
         shown = rows.isl.notna().to_numpy() if needs_length else np.ones(len(rows), bool)
         for name, values in (
             (f"pred_{column}", got.value),
