@@ -306,6 +306,7 @@ def predict(
     draft_tokens: Annotated[int, typer.Option(help="Tokens that it proposes at a time.")] = 3,
     acceptance: Annotated[float, typer.Option(help="Share of its tokens that are accepted.")] = 0.7,
     calibration: Annotated[Path | None, typer.Option(help="A file of `ridgeline calibrate`.")] = None,
+    predictor: Annotated[str | None, typer.Option(help="Another's figures beside: aiconfigurator, an extra.")] = None,
     page: Annotated[Path | None, typer.Option("--report", help="Write it as a page, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -317,7 +318,8 @@ def predict(
     room = theory.room(gpu_memory_utilization, max_num_batched_tokens, kv_space)
     asked = theory.Asked(model, hardware.split(","), dtype.split(","), kv_dtype, pp, ep, mode if rate is None else "open",
                          _list(rate, float, "--rate"), framework, prefix_share, calibration,
-                         (draft_model, draft_tokens, acceptance) if draft_model else None, **numbers, room=room)  # fmt: skip
+                         (draft_model, draft_tokens, acceptance) if draft_model else None, **numbers, room=room,
+                         predictor=predictor)  # fmt: skip
     typer.echo(theory.predict(asked, as_json, page, ["ridgeline", *sys.argv[1:]]))
 
 

@@ -53,6 +53,7 @@ class Asked:
     output_tokens: list[int]
     tp: list[int]
     room: Room
+    predictor: str | None = None
 
 
 def room(share: float, batched_tokens: int, kv_space: str | None) -> Room:
@@ -70,6 +71,8 @@ def predict(asked: Asked, as_json: bool, page: Path | None = None, words: Sequen
     if points * len(asked.hardware) * len(asked.dtype) * len(asked.tp) * len(asked.rate or [0]) > MOST:
         raise RidgelineError(f"more than {MOST} combinations: ask for fewer at once")
     found = list(_sweeps(asked))
+    if asked.predictor:
+        found = _beside(asked, asked.predictor, found)
     if page is not None:
         store.write_text(page, render(found, asked.model, asked.mode, shlex.join(words)))
     if as_json:
@@ -98,6 +101,15 @@ def _sweeps(asked: Asked) -> Iterator[Part]:
             yield Part(row, dtype, tp, rate, None, str(problem))
 
 
+def _beside(asked: Asked, predictor: str, found: list[Part]) -> list[Part]:
+    """The parts with another predictor's figures."""
+    from harness.beside import beside
+
+    known = [(part.sweep, part.dtype, asked.kv_dtype) for part in found if part.sweep]
+    others = iter(beside(predictor, asked.model, known))
+    return [dataclasses.replace(part, other=next(others)) if part.sweep else part for part in found]
+
+
 def hardware_rows(name: str) -> list[Hardware]:
     """Rows of this name, of a file of the user's rows, or the one of this machine."""
     if name != "machine":
@@ -117,6 +129,10 @@ def _predict_json(found: list[Part]) -> str:
             parts.append(head | {"reason": part.reason, "points": []})
             continue
         points = list(_explained(part, part.sweep) if explained else _brief(part.sweep))
+        if part.other:
+            head["other"] = {"name": part.other.name, "reason": part.other.reason}
+            theirs = {key: getattr(part.other, key).tolist() for key in ("ttft_s", "itl_s", "output_tokens_per_s")}
+            points = [p | {"other": {key: v[at] for key, v in theirs.items()}} for at, p in enumerate(points)]
         tokens, block = kv_capacity(part.sweep.setup)
         head |= {"kv_cache": {"bytes": kv_space_bytes(part.sweep.setup), "tokens": tokens, "block_tokens": block}}
         parts.append(head | {"model": part.sweep.setup.model.name, "mode": part.sweep.mode, "points": points})
@@ -155,6 +171,8 @@ def _brief(found: Sweep) -> Iterator[dict[str, Any]]:
 def _predict_text(asked: Asked, found: list[Part]) -> str:
     lines = [f"{'hardware':<18} {'dtype':>5} {'tp':>2} {'batch':>5} {'in':>6} {'out':>6} {'TTFT':>9} {'ITL':>9} {'E2E':>9} "
              f"{'tokens/s':>9} {'90 % of ITL':>19}  limit"]  # fmt: skip
+    if asked.predictor:
+        lines[0] += f"  {asked.predictor}: TTFT, ITL, tokens/s"
     notes: dict[str, None] = {}
     capacity: dict[str, str] = {}
     for part in found:
@@ -163,6 +181,8 @@ def _predict_text(asked: Asked, found: list[Part]) -> str:
             lines.append(f"{head} {part.reason}")
             continue
         notes |= dict.fromkeys(part.sweep.setup.notes)
+        if part.other and part.other.reason:
+            notes[f"{part.hardware.name}: {part.other.reason}"] = None
         lines += [f"{head} {_line(part, at)}" for at in range(len(part.sweep))]
         tokens, block = kv_capacity(part.sweep.setup)
         capacity[f"{part.hardware.name} {part.dtype} tp {part.tp}"] = f"{tokens:,} tokens (blocks of {block})"
@@ -188,7 +208,12 @@ def _line(part: Part, at: int) -> str:
     if part.rate:
         limit = f"{limit}; {units.number(part.rate, 3)} requests/s"
     more = f"; fits {s.largest[at]:.0f}" if s.batch[at] > s.running[at] and s.mode != "open" else ""
-    return f"{shape} {times} {units.number(value['output_tokens_per_s'], 3):>9} {span:>19}  {limit}{more}"
+    line = f"{shape} {times} {units.number(value['output_tokens_per_s'], 3):>9} {span:>19}  {limit}{more}"
+    if part.other is None:
+        return line
+    theirs = [_time(float(part.other.ttft_s[at])), _time(float(part.other.itl_s[at]))]
+    speed = float(part.other.output_tokens_per_s[at])
+    return f"{line:<118} {theirs[0]:>9} {theirs[1]:>9} {units.number(speed, 3) if speed == speed else '-':>9}"
 
 
 def _time(value_s: float) -> str:
