@@ -98,7 +98,8 @@ def _points(ask: Ask, label: str, folder: str, found: Sweep, dtype: str, kv_dtyp
     lacks = next((f"aiconfigurator has no {what}" for known, what in (
         (s.hardware.name in SYSTEMS, f"measurements of {s.hardware.name}"), (backend, f"figures for {s.framework.name}"),
         (found.mode in MODES, f"{found.mode} load"), (dtype in WEIGHTS, f"weights in {dtype}"),
-        (kv_dtype in CACHES, f"KV cache in {kv_dtype}"), (s.draft is None, "such draft model")) if not known), "")  # fmt: skip
+        (kv_dtype in CACHES, f"KV cache in {kv_dtype}"), (s.draft is None, "such draft model"),
+        (s.cp == 1, "context parallelism")) if not known), "")  # fmt: skip
     if lacks:
         return _none(len(found), label, lacks)
     spread = s.dp > 1  # the experts over all, the attention in data parallel

@@ -21,6 +21,7 @@ from harness.records import RidgelineError
 from harness.report.predict_page import Part, render
 from harness.theory import calibrate as fitting
 from harness.theory import predict as sentences
+from harness.theory import training as fsdp
 from harness.theory import validate as holding
 from harness.theory.calibration import Calibration, from_dict
 from harness.theory.hardware import Hardware, from_row
@@ -54,6 +55,7 @@ class Asked:
     tp: list[int]
     room: Room
     predictor: str | None = None
+    cp: int = 1
 
 
 def room(share: float, batched_tokens: int, kv_space: str | None) -> Room:
@@ -91,7 +93,7 @@ def _sweeps(asked: Asked) -> Iterator[Part]:
     for row, dtype, tp, rate in itertools.product(rows, asked.dtype, asked.tp, rates):
         try:
             found = sweep(model, row, batch=batch, input_tokens=i, output_tokens=o, dtype=dtype, kv_dtype=asked.kv_dtype,
-                          tp=tp, pp=asked.pp, dp=max(1, asked.ep // tp), mode=asked.mode, rate=rate,
+                          tp=tp, pp=asked.pp, dp=max(1, asked.ep // tp), cp=asked.cp, mode=asked.mode, rate=rate,
                           framework=asked.framework, cached_share=asked.prefix_share, draft=draft, calibration=calibration,
                           room=asked.room)  # fmt: skip
             yield Part(row, dtype, tp, rate, found, "")
@@ -120,11 +122,33 @@ def hardware_rows(name: str) -> list[Hardware]:
     return [from_row(machine.row(None, Progress().line))]
 
 
+def training(model: str, hardware: list[str], as_json: bool, link: str | None, **asked: Any) -> str:
+    """Sentences, or the object, of a training step of the model on each hardware."""
+    shape = models.load(model)
+    rate = units.parse(link.removesuffix("/s"), "bytes", "--link") if link else math.nan
+    rows = [row for name in hardware for row in hardware_rows(name.strip())]
+    found = {row.name: fsdp.step(shape, row, link_bytes_per_s=rate, **asked) for row in rows}
+    if as_json:
+        return orjson.dumps({"schema": 1, "model": shape.name, **asked,
+                             "training": {name: dataclasses.asdict(step) for name, step in found.items()}}).decode()  # fmt: skip
+    lines = [
+        f"{shape.name}, Adam, 16-bit weights, {asked['gpus']} × {asked['batch']} sequences of {asked['context']} tokens"
+    ]
+    if asked["gpus"] > 8 and not link:
+        lines.append("as if one machine had them all; give --link, the rate of the slowest link between them")
+    low, high = (units.percent(share, 2) for share in fsdp.REACHED)
+    lines.append(f"an upper estimate of the speed: eight public runs reached {low} to {high} of it")
+    for name, one in found.items():
+        lines += ["", f"{name}: {units.rate(one.tokens_per_s, 'tokens', 3)}", *one.because]
+    return "\n".join(lines)
+
+
 def _predict_json(found: list[Part]) -> str:
     explained = sum(len(part.sweep) for part in found if part.sweep) <= MOST_SENTENCES
     parts = []
     for part in found:
         head: dict[str, Any] = {"hardware": part.hardware.name, "dtype": part.dtype, "tp": part.tp, "rate": part.rate}
+        head |= {"cp": part.sweep.setup.cp} if part.sweep and part.sweep.setup.cp > 1 else {}
         if part.sweep is None:
             parts.append(head | {"reason": part.reason, "points": []})
             continue
@@ -188,8 +212,9 @@ def _predict_text(asked: Asked, found: list[Part]) -> str:
         capacity[f"{part.hardware.name} {part.dtype} tp {part.tp}"] = f"{tokens:,} tokens (blocks of {block})"
     lines += ["", *(f"KV cache of {name}: {held}" for name, held in capacity.items())]
     calibrated = f", calibrated by {asked.calibration}" if asked.calibration else ""
+    spread = f", cp {asked.cp}" if asked.cp > 1 else ""
     framework = next((p.sweep.setup.framework.name for p in found if p.sweep), "generic")
-    lines += ["", f"{asked.model}, {asked.mode}, framework {framework}{calibrated}; --json says why of each"]
+    lines += ["", f"{asked.model}, {asked.mode}{spread}, framework {framework}{calibrated}; --json says why of each"]
     return "\n".join(lines + [f"note: {note}" for note in notes])
 
 

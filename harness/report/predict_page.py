@@ -104,7 +104,8 @@ def _cut(parts: Sequence[Part]) -> list[Part]:
 def _name(part: Part) -> str:
     rate = f", {units.rate(part.rate, 'requests', 3)}" if part.rate is not None else ""
     dtype = part.dtype if part.sweep is None else part.sweep.setup.dtype or part.sweep.setup.model.dtype
-    return f"{part.tp} × {part.hardware.name}, {dtype}{rate}"
+    spread = f", cp {part.sweep.setup.cp}" if part.sweep and part.sweep.setup.cp > 1 else ""
+    return f"{part.tp} × {part.hardware.name}, {dtype}{spread}{rate}"
 
 
 def _lines(parts: Sequence[Part]) -> Iterator[_Line]:

@@ -58,7 +58,7 @@ def kv_space_bytes(s: Setup) -> float:
     if not math.isnan(s.memory.kv_bytes):
         return s.memory.kv_bytes * s.gpus
     share = s.memory.share if s.framework.pool else 1.0  # without a pool it takes what it needs
-    taken = usable_bytes(s.hardware) * s.gpus * share - s.model.weight_bytes(s.dtype)
+    taken = usable_bytes(s.hardware) * s.gpus * share - s.model.weight_bytes(s.dtype) * s.cp
     if s.hardware.measured:
         return taken
     passing = float(activation_bytes(s, s.memory.batched_tokens or s.framework.chunk, SEQUENCES)) + CONTEXT_BYTES
@@ -127,7 +127,7 @@ def peak_terms(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str
     """
     same = np.ones_like(batch)
     runtime = CONTEXTS.get(named(s.framework.name), CONTEXT_BYTES) + scratch_bytes(s)
-    terms = {"weights": s.model.weight_bytes(s.dtype) * same, "runtime": runtime * s.gpus * same}
+    terms = {"weights": s.model.weight_bytes(s.dtype) * s.cp * same, "runtime": runtime * s.gpus * same}
     if s.framework.pool:
         whole = usable_bytes(s.hardware) * s.gpus
         cache_only = terms["weights"] if s.framework.pool_of == "cache" else 0.0

@@ -82,6 +82,7 @@ def sweep(
     pp: int = 1,
     ep: int = 1,
     dp: int = 1,
+    cp: int = 1,
     mode: str = "wave",
     rate: float | None = None,
     framework: str | None = None,
@@ -112,7 +113,7 @@ def sweep(
             f"the share of a prompt in the prefix cache must be from 0 to below 1, got {cached_share:g}"
         )
     s = setup(model, hardware, find(framework, hardware, dtype or model.dtype, offline=mode == "static", family=model.family), dtype=dtype, kv_dtype=kv_dtype, tp=tp, pp=pp,
-              ep=ep, dp=dp, factors=calibration.factors_for(model, hardware) if calibration else None)  # fmt: skip
+              ep=ep, dp=dp, cp=cp, factors=calibration.factors_for(model, hardware) if calibration else None)  # fmt: skip
     s = replace(s, memory=room)
     if draft:
         s = with_draft(s, *draft)
