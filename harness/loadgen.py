@@ -19,12 +19,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness import background, dialects
+from harness.lag import Lag
 from harness.records import NAN, Request, RidgelineError
 from harness.senses import Watch
 from harness.wire import QUIET_S, Exchange, Target, Wire, clock, connect
 
 CONNECT_AT_ONCE = 64  # a storm of connections would be refused, and measured
-TICK_S = 0.02  # how often the loop's own lag is looked at
+TICK_S = 0.02  # how often the scheduler and the clocks are looked at
 TIMERS_EVERY = 5  # ticks between looks at the timers of all requests in flight
 GONE_S = 45.0  # a server may restart; one that takes no connection for so long will not come back
 HAND_OVER_S = 0.001  # what has ended is handed to the recorder in small portions, between reads
@@ -48,25 +49,26 @@ class Senses:
     started_s: float = 0.0
     ended_s: float = 0.0
     cpu_s: float = 0.0
-    lag_s: list[float] = field(default_factory=list)  # how late each sweep woke
+    lag: dict[str, Any] = field(default_factory=dict)  # see lag.Lag.as_dict
     max_in_flight: int = 0
     reconnects: int = 0
     connect_errors: int = 0
     noticed: dict[str, Any] = field(default_factory=dict)  # see senses.Watch.stop
 
     def as_dict(self) -> dict[str, Any]:
-        lag = sorted(self.lag_s)
         wall_s = self.ended_s - self.started_s
-        return {
-            "started_s": self.started_s,
-            "ended_s": self.ended_s,
-            "cpu_share": self.cpu_s / wall_s if wall_s > 0 else None,
-            "lag_p99_s": lag[int(0.99 * (len(lag) - 1))] if lag else None,
-            "lag_max_s": lag[-1] if lag else None,
-            "max_in_flight": self.max_in_flight,
-            "reconnects": self.reconnects,
-            "connect_errors": self.connect_errors,
-        } | self.noticed
+        return (
+            {
+                "started_s": self.started_s,
+                "ended_s": self.ended_s,
+                "cpu_share": self.cpu_s / wall_s if wall_s > 0 else None,
+                "max_in_flight": self.max_in_flight,
+                "reconnects": self.reconnects,
+                "connect_errors": self.connect_errors,
+            }
+            | self.lag
+            | self.noticed
+        )
 
 
 class Player:
@@ -170,13 +172,16 @@ class Player:
                 await asyncio.sleep(max(0.0, await start() - clock()))
             self.start_s = self.senses.started_s = clock()
             self.until_s = self.start_s + until_s
-            cpu_s, watch = _cpu_s(), Watch()
-            sweeper = asyncio.ensure_future(self._sweep(watch))
-            self.pump()
-            await self.done
-            sweeper.cancel()
+            cpu_s, watch, lag = _cpu_s(), Watch(), Lag()
+            sweeper = asyncio.ensure_future(self._sweep(watch, lag))
+            try:
+                self.pump()
+                await self.done
+            finally:
+                sweeper.cancel()
+                lag.stop()
             self.senses.ended_s, self.senses.cpu_s = clock(), _cpu_s() - cpu_s
-            self.senses.noticed = watch.stop()
+            self.senses.noticed, self.senses.lag = watch.stop(), lag.as_dict()
         finally:
             self._hand_over(everything=True)
             gc.enable()
@@ -341,14 +346,15 @@ class Player:
         else:
             asyncio.get_running_loop().call_later(HAND_OVER_S, self._hand_over)
 
-    async def _sweep(self, watch: Watch) -> None:
-        """The timers of every request, and the measure of how late this loop runs."""
+    async def _sweep(self, watch: Watch, lag: Lag) -> None:
+        """The timers of every request, and the senses that are looked at now and then."""
         timers = self.timers
         for tick in itertools.count():
             due = clock() + TICK_S
             await asyncio.sleep(TICK_S)
             now = clock()
-            self.senses.lag_s.append(now - due)
+            if lag.fd < 0:
+                lag.note(now, now - due)
             watch.tick()
             if tick % TIMERS_EVERY:
                 continue

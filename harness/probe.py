@@ -17,8 +17,10 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from harness.background import give_way
+from harness.served import Served, listening
 from harness.server import read_metrics
 
 PERIOD_S = 0.5
@@ -154,11 +156,18 @@ def main(url: str, path: str, here: bool = False) -> int:
     key = os.environ.get("RIDGELINE_KEY", "")
     give_way()
     server, gpus = Server(url, {"Authorization": f"Bearer {key}"} if key else {}), Gpus(here)
+    parts = urlsplit(url)
+    served = Served(listening(parts.port or (443 if parts.scheme == "https" else 80)) if here else set())
     about: dict[str, Any] = {"about_gpu": gpus.about}
     with open(path, "a", encoding="utf-8") as out:
         while True:
             start_s = time.perf_counter()
-            values = server.read() | {"host": host()} | about | ({"gpu": found} if (found := gpus.read()) else {})
+            values = (
+                server.read()
+                | {"host": host(), "served": served.read()}
+                | about
+                | ({"gpu": found} if (found := gpus.read()) else {})
+            )
             out.write(json.dumps({"at_s": start_s, "took_s": time.perf_counter() - start_s} | values) + "\n")
             out.flush()
             if about:

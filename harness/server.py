@@ -125,6 +125,8 @@ def point_figures(samples: Sequence[Mapping[str, Any]], spans: Spans, output_tok
         "host_cpu_max": _largest(seen, "host", "cpu_share"),
         "host_memory_max": _largest(seen, "host", "memory_share"),
         "throttled_s": rise(samples, spans, "host", "throttled_s"),
+        "server_ran_s": rise(samples, spans, "served", "ran_s"),
+        "server_waited_s": rise(samples, spans, "served", "waited_s"),
     }
     return figures | _gpu_figures(samples, seen, spans, lasted_s, output_tokens)
 

@@ -39,8 +39,12 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         asked_in = None
     repeats = workload["same_prompt"] or any(workload.get(key) for key in ("shared_prefix", "prompts", "trace"))
     repeats = bool(repeats or workload.get("turns", 1) > 1)
+    felt: dict[int, dict[int, Any]] = {}
+    for event in events:
+        if event.get("event") == "trial_end":
+            felt.setdefault(event["point"], {})[event["trial"]] = event["senses"]
     tallies = {
-        index: Tally(workload["mode"], plan["batch_size"] or 0, asked_in, asked_out)
+        index: Tally(workload["mode"], plan["batch_size"] or 0, asked_in, asked_out, felt.get(index))
         for index, plan in enumerate(run["points"])
         if only is None or index in only
     }
@@ -58,13 +62,15 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         row["not_sent"] = max(0, row["planned"] - row["requests"]) if row["planned"] is not None else None
         if plan.get("imported"):
             row = _imported(row, plan["imported"])
-        felt = [e["senses"] for e in events if e.get("event") == "trial_end" and e["point"] == index]
-        spans = [(sense["started_s"], sense["ended_s"]) for sense in felt]
+        felt_here = list(felt.get(index, {}).values())
+        spans = [(sense["started_s"], sense["ended_s"]) for sense in felt_here]
         seen = [s for s in samples if any(start <= s["at_s"] <= end for start, end in spans)]
         row["batch_ran"] = _batch_ran(seen)
         row |= _beside(tally, samples, spans)
         row["predicted"] = _predicted(row, workload, asked, model, hardware)
-        evidence = checks.Evidence(row, tally, workload["mode"], felt, seen, row["predicted"], repeats, workload["api"])
+        evidence = checks.Evidence(
+            row, tally, workload["mode"], felt_here, seen, row["predicted"], repeats, workload["api"]
+        )
         findings = checks.run_checks(evidence)
         row["verdict"] = checks.verdict(findings)
         if searched:

@@ -120,8 +120,10 @@ class Sweep:
         )  # fmt: skip
         if player.gone:
             session.stopped_why = f"the server is gone: no connection could be opened for {player.gone:.0f} s"
+        felt = senses.as_dict()
+        felt["held"] = [[at_s - session.t0_s, late_s] for at_s, late_s in felt.get("held", ())]
         session.recorder.event(event="trial_end", point=point.index, trial=trial, stopped=session.over,
-                               senses=senses.as_dict() | _machine_shares(before))  # fmt: skip
+                               senses=felt | _machine_shares(before))  # fmt: skip
         await _sense(session)
         return senses
 

@@ -6,13 +6,13 @@ Two passes: `place` learns when requests were sent and ended, from which the win
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from harness import metrics, stats
+from harness import lag, metrics, stats
 from harness.metrics import METRICS
 from harness.records import NAN, Floats, Ints, Table
 from harness.stats import Spread
@@ -126,8 +126,10 @@ class Trial:
 class Tally:
     """One point's records, warm-up left out of all but the means that the server has it in too."""
 
-    def __init__(self, mode: str, slots: int, asked_input: int | None = None, asked_output: int | None = None) -> None:
+    def __init__(self, mode: str, slots: int, asked_input: int | None = None, asked_output: int | None = None,
+                 felt: Mapping[int, Mapping[str, Any]] | None = None) -> None:  # fmt: skip
         self.mode, self.slots = mode, slots
+        self.felt = felt or {}  # the client's senses of each trial
         self.asked = {
             "input_tokens": asked_input,
             "output_tokens": asked_output,
@@ -145,6 +147,7 @@ class Tally:
         self.lengths = {"input_tokens": Lengths(), "output_tokens": Lengths()}
         self.long_answers = self.bursts = 0
         self.late = Spread()  # s, how late requests were sent
+        self.held_up = Spread()  # s, how late first tokens were read at most
         self.with_warmup = {"ttft": Mean(), "itl": Mean()}
         self.tokens_with_warmup = 0.0
         self.notes: Counter[str] = Counter()
@@ -190,6 +193,8 @@ class Tally:
 
     def _add_trial(self, trial: Trial, t: Table) -> None:
         trial.inside.update(metrics.tokens_inside(t, trial.settle(self.slots)))
+        if (felt := self.felt.get(int(t.trial[0]), {})).get("held_least_s") is not None:
+            self.held_up.add(lag.held_up_s(t.first_token_s, felt["held"], felt["held_least_s"]))
         one_each = metrics.one_token_each(t)
         if self.one_each and not one_each:
             self.spreads["chunk_gap"], self.one_each = self.spreads["itl"].copy(), False

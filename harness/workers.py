@@ -228,7 +228,8 @@ class RayHand:
 
     async def go(self, start_s: float) -> dict[str, Any]:
         senses = dict(await self.actor.play.remote(self.shard, start_s + self.offset_s))
-        return senses | {name: senses[name] - self.offset_s for name in ("started_s", "ended_s")}
+        held = [[at_s - self.offset_s, late_s] for at_s, late_s in senses.get("held", ())]
+        return senses | {name: senses[name] - self.offset_s for name in ("started_s", "ended_s")} | {"held": held}
 
     def stop(self) -> None:
         self.actor.stop.remote()
@@ -364,7 +365,8 @@ class Merged:
             name: max((s[name] for s in self.senses if s.get(name) is not None), default=None) for name in sorted(names)
         }
         at_once = sum(s["max_in_flight"] for s in self.senses if s["started_s"] == self.started_s)
-        return worst | {"started_s": self.started_s, "ended_s": self.ended_s,
+        held = [one for s in self.senses for one in s.get("held", ())]  # of one worker: as if it held up all of them
+        return worst | {"held": held, "started_s": self.started_s, "ended_s": self.ended_s,
                         "max_in_flight": max(at_once, worst.get("max_in_flight") or 0)}  # fmt: skip
 
 

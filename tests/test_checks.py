@@ -11,11 +11,11 @@ import pytest
 from harness import checks
 from harness.checks import Evidence, run_checks, verdict
 from harness.records import Finding, Record, Table, table
-from harness.tally import of_table
+from harness.tally import Tally, of_table
 from tests.conftest import ROOT
 
 QUIET = {"started_s": 0.0, "ended_s": 10.0, "cpu_share": 0.10, "wait_share": 0.03, "wait_max_s": 0.004, "lag_p99_s": 0.0004,
-         "lag_max_s": 0.003, "max_in_flight": 4, "gc_max_s": 0.0, "wall_step_s": 0.0, "suspended_s": 0.0,
+         "lag_max_s": 0.003, "held": [[5.0, 0.003]], "held_least_s": 0.0002, "max_in_flight": 4, "gc_max_s": 0.0, "wall_step_s": 0.0, "suspended_s": 0.0,
          "machine_cpu_share": 0.3, "steal_share": 0.0}  # fmt: skip
 BESIDE = {"server_ttft_s": 0.050, "client_ttft_s": 0.0505, "server_itl_s": 0.010, "client_itl_s": 0.010, "preemptions": 0.0,
           "gpu_throttled": [], "gpu_sm_hz": [1.90e9, 1.98e9], "throttled_s": 0.0, "cache_share": 0.0,
@@ -36,10 +36,12 @@ def answers(n: int = 400, trials: int = 1, **changed: Any) -> Table:
 def found(records: Table | None = None, row: dict[str, Any] | None = None, same_prompt: bool = False,
           predicted: dict[str, Any] | None = None, **senses: Any) -> dict[str, Finding]:  # fmt: skip
     records = answers() if records is None else records
-    figures = of_table(records, "wave", 4).row() | {"batch_size": 4} | BESIDE | (row or {})
-    evidence = Evidence(
-        figures, of_table(records, "wave", 4, 350, 20), "wave", [QUIET | senses], [], predicted, same_prompt
-    )
+    felt = QUIET | senses
+    tally = Tally("wave", 4, 350, 20, dict.fromkeys(np.unique(records.trial).tolist(), felt))
+    tally.place(records)
+    tally.add(records)
+    figures = tally.row() | {"batch_size": 4} | BESIDE | (row or {})
+    evidence = Evidence(figures, tally, "wave", [felt], [], predicted, same_prompt)
     return {finding.code: finding for finding in run_checks(evidence)}
 
 
@@ -48,10 +50,13 @@ def test_a_quiet_run_of_many_requests_is_valid_and_says_nothing() -> None:
     assert verdict([]) == "valid"
 
 
+FIRST_TOKENS = [[0.1 * i + 0.0505, 0.006] for i in range(400)]  # a tick was read as late, just after each
 BURST = (0.5 + 1e-4 * np.arange(20)).astype(np.float32)
 BOUND = {name: {"bound": 0.2} for name in ("ttft_s", "itl_s", "e2e_s")}
 SPEAK: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("V001", "suspect", "a lag of 3 ms beside a TTFT of 50", {"lag_p99_s": 0.003}),
+    ("V001", "suspect", "a lag of 3 ms beside an ITL of 10", {"lag_p99_s": 0.003}),
+    ("V001", "suspect", "a stop of 6 ms as 5 of 400 first tokens came: p99", {"held": FIRST_TOKENS[:5]}),
+    ("V001", "suspect", "stops of 3 ms as every 20th came: the mean", {"held": [[at_s, 0.003] for at_s, _ in FIRST_TOKENS[::20]]}),
     ("V001", "invalid", "a lag of 60 ms", {"lag_p99_s": 0.060}),
     ("V002", "suspect", "85 % of a core", {"cpu_share": 0.85}),
     ("V002", "invalid", "96 % of a core", {"cpu_share": 0.96}),
@@ -84,6 +89,7 @@ SPEAK: list[tuple[str, str, str, dict[str, Any]]] = [
         for i in range(400)])}),
     ("V015", "suspect", "all cores busy", {"machine_cpu_share": 0.99}),
     ("V015", "suspect", "a hypervisor that takes its share", {"steal_share": 0.05}),
+    ("V015", "suspect", "a server that waits for its core", {"row": {"server_ran_s": 2.0, "server_waited_s": 0.21}}),
     ("V016", "suspect", "a busy neighbour on the client's core, 1 stream", {"cpu_share": 0.011, "wait_share": 0.057}),
     ("V016", "suspect", "the same, 8 streams", {"cpu_share": 0.025, "wait_share": 0.030}),
     ("V016", "suspect", "the same, 64 streams", {"cpu_share": 0.099, "wait_share": 0.1014}),
@@ -114,7 +120,14 @@ def test_a_check_speaks(code: str, severity: str, case: str, evidence: dict[str,
 
 
 @pytest.mark.parametrize(("code", "evidence"), [
-    ("V001", {"lag_p99_s": 0.002}),
+    ("V001", {"lag_p99_s": 0.0009}),
+    ("V001", {"lag_p99_s": 0.0019, "max_in_flight": 512}),
+    ("V001", {"held": FIRST_TOKENS[:3]}),
+    ("V001", {"held": [[at_s + 0.02, 0.006] for at_s, _ in FIRST_TOKENS]}),
+    ("V001", {"records": None, "held": [], "held_least_s": None}),
+    ("V015", {"row": {"server_ran_s": 2.0, "server_waited_s": 0.19}}),
+    ("V015", {"row": {"server_ran_s": 0.1, "server_waited_s": 0.09}}),
+    ("V015", {"row": {"server_ran_s": None, "server_waited_s": None}}),
     ("V016", {"cpu_share": 0.024, "wait_share": 0.0153}),
     ("V016", {"cpu_share": 0.096, "wait_share": 0.0433}),
     ("V016", {"cpu_share": 0.002, "wait_share": 0.004}),
@@ -130,10 +143,13 @@ def test_a_check_holds_its_tongue(code: str, evidence: dict[str, Any]) -> None:
     assert code not in found(**evidence)
 
 
-def test_a_lag_of_more_than_a_millisecond_is_never_silent_where_ttft_is_small() -> None:
-    quick = answers(chunk_s=(0.01 + 0.01 * np.arange(20)).astype(np.float32))
-    assert "V001" in found(quick, lag_p99_s=0.0012)
-    assert "V001" not in found(quick, lag_p99_s=0.0009)
+def test_what_a_slow_server_makes_small_is_let_pass() -> None:
+    """0.4 ms of a TTFT of 50 ms is said; of 2 s with an ITL of 60 ms, neither that nor a lag of 5 ms."""
+    slow = answers(chunk_s=(2 + 0.06 * np.arange(20)).astype(np.float32))
+    held = {"held_least_s": 0.0004, "lag_p99_s": 0.005}
+    assert "V001" in found(answers(), **held | {"lag_p99_s": 0.0001})
+    assert "V001" not in found(slow, **held)
+    assert "V001" in found(slow, **held | {"lag_p99_s": 0.007})
 
 
 def test_tokens_that_the_server_made_one_by_one_and_that_came_in_bursts_are_named_so() -> None:

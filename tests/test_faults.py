@@ -131,7 +131,7 @@ async def _play_all(url: str, plan: Sequence[tuple[Choose, int]], path: Path, pl
         if watch:
             played.peak_bytes.append(watch.take())
         played.took_s.append(time.monotonic() - start_s)
-        played.lag_s.append(max(senses.lag_s, default=0.0))
+        played.lag_s.append(senses.lag["lag_max_s"] or 0.0)
         player.close()
     assert watch is not None
     watch.over.set()

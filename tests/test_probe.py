@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from harness import probe, server
 from harness.senses import Watch
+from harness.served import Served, listening
 from tests.conftest import one_object
 
 PAGES = {
@@ -193,3 +196,34 @@ def test_cache_hits_are_flagged_where_there_are_any(same: bool, simulated: Calla
     (point,) = one_object(done.stdout)["points"]  # type: ignore[attr-defined]
     assert (point["cache_share"] > 0.5) == same
     assert [f["severity"] for f in point["findings"] if f["code"] == "V007"] == (["info"] if same else [])
+
+
+def test_the_servers_own_processes_are_found_by_their_port_and_told_how_long_they_ran(
+    simulated: Callable[..., str], ridgeline: Callable[..., object], tmp_path: Path
+) -> None:
+    url = simulated(*LAW)
+    pids = listening(int(url.rpartition(":")[2]))
+    assert len(pids) == 1 and "harness.simulator" in Path(f"/proc/{pids.copy().pop()}/cmdline").read_text()
+    done = ridgeline("run", "--url", url, "--batch-sizes", "8", "--input-tokens", "64", "--output-tokens", "60",
+                     "--waves", "4", "--json", "--no-report")  # fmt: skip
+    point = one_object(done.stdout)["points"][0]  # type: ignore[attr-defined]
+    assert 0 < point["server_ran_s"] < point["requests"] * point["e2e_ms"]["mean"] / 1e3
+    assert point["server_waited_s"] >= 0
+
+
+def test_of_a_server_in_our_own_process_or_none_nothing_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as here:
+        port = here.getsockname()[1]
+        assert listening(port) == set()
+    assert listening(port) == set()
+    assert Served(set()).read() == {}
+    assert Served({2**22 + 1}).read() == {}  # no process has it: beyond the kernel's largest
+
+
+def test_a_thread_that_computes_has_run_since_the_first_reading() -> None:
+    served = Served({os.getpid()})
+    assert served.read() == {"ran_s": 0.0, "waited_s": 0.0}
+    until_s = time.process_time() + 0.05
+    while time.process_time() < until_s:
+        pass
+    assert 0.04 < served.read()["ran_s"] < 1.0

@@ -11,7 +11,7 @@ from harness.report.view import SEVERITIES, Json, RunView
 
 # What each check of harness.checks asks, as a statement that holds where it finds nothing.
 ASKED = {
-    "V001": "The client's event loop was on time",
+    "V001": "The client read in time what came",
     "V002": "The client's core had time left",
     "V003": "All requests ended well",
     "V004": "Prompts had the length asked",

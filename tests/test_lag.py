@@ -1,0 +1,69 @@
+"""The instrument's account of its own lateness, on a real loop and a real timer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness import lag
+from harness.lag import HELD_KEPT, HELD_S, Lag, held_up_s
+
+
+def noticed(stops_s: list[float], apart_s: float = 0.05, exact: bool = True) -> dict[str, Any]:
+    """What is noticed of a loop that stands still for so long, again and again."""
+
+    async def play() -> dict[str, Any]:
+        sense = Lag()
+        assert (sense.fd >= 0) == exact
+        for stop_s in stops_s:
+            await asyncio.sleep(apart_s)
+            time.sleep(stop_s)
+        await asyncio.sleep(apart_s)
+        sense.stop()
+        return sense.as_dict()
+
+    return asyncio.run(play())
+
+
+@pytest.mark.skipif(lag._timer(time.perf_counter() + 1) < 0, reason="a system without timerfd")
+def test_a_loop_that_stood_still_was_late_by_as_much() -> None:
+    said = noticed([0.030, 0.080])
+    longest = sorted(late_s for _, late_s in said["held"])[-2:]
+    assert 0.078 <= longest[1] <= said["lag_max_s"] + 1e-6 and longest[0] >= 0.028
+    # a third of all moments lay in one stop or the other, so the last hundredth in the longer one
+    assert 0.030 < said["lag_p99_s"] <= said["lag_max_s"] + lag.BIN_S
+    assert all(late_s > HELD_S for _, late_s in said["held"]) and said["held_least_s"] == HELD_S
+
+
+def test_the_longest_waits_are_kept_and_no_other_was_longer_than_is_said() -> None:
+    async def play() -> dict[str, Any]:
+        sense = Lag()
+        sense.stop()
+        for i in range(10 * HELD_KEPT):
+            sense.note(float(i), 0.001 + 1e-6 * ((i * 7919) % (10 * HELD_KEPT)))
+        return sense.as_dict()
+
+    said = asyncio.run(play())
+    late_s = sorted(0.001 + 1e-6 * k for k in range(10 * HELD_KEPT))
+    kept = sorted(late for _, late in said["held"])
+    assert 0 < len(kept) <= HELD_KEPT and kept == pytest.approx(late_s[-len(kept) :])
+    assert said["held_least_s"] == pytest.approx(late_s[-len(kept) - 1])
+    assert said["lag_max_s"] == pytest.approx(late_s[-1])
+    assert said["lag_p99_s"] == pytest.approx(late_s[int(0.99 * len(late_s))], abs=2 * lag.BIN_S)
+
+
+def test_stamps_beside_a_late_tick_may_be_as_late_and_others_not() -> None:
+    stamps_s = np.array([2.0, 1.0, 1.004, 0.997, 0.9, 1.006])
+    found = held_up_s(stamps_s, [[1.0, 0.003], [1.002, 0.005], [3.0, 0.5]], 0.0002)
+    assert found.tolist() == [0.0002, 0.005, 0.005, 0.005, 0.0002, 0.005]
+    assert held_up_s(np.empty(0), [[1.0, 0.003]], 0.0002).tolist() == []
+    assert held_up_s(stamps_s, [], 0.0004).tolist() == [0.0004] * 6
+
+
+def test_nan_stamps_are_left_alone() -> None:
+    found = held_up_s(np.array([np.nan, 1.0]), [[1.0, 0.003]], 0.0002)
+    assert found.tolist() == [0.0002, 0.003]
