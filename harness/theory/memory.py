@@ -13,13 +13,19 @@ from harness.theory.roofline import Setup
 
 Array = npt.NDArray[np.float64]
 CONTEXT_BYTES = 0.35e9  # CUDA context and workspaces of a process: 0.3 to 0.5 GB
+# What nvidia-smi shows beside what a process allocates: its context with all kernels loaded, and the driver's own.  1.47 GB in
+# optimum-benchmark's full reports of Llama-2-7B on an A100 (max_memory_used less max_memory_reserved, the same at each batch).
+PROCESS_BYTES = 1.4e9
 COUNTED_BYTES = 0.05e9  # of these what torch allocates itself and counts: the workspaces of cuBLAS
+OF_FREE = ("tensorrt-llm", "optimum-nvidia")  # whose share (free_gpu_memory_fraction) is of what the weights leave free
 # Whose published peaks are what torch counts of its own allocations (max_memory_allocated, max_memory_reserved): the scripts
 # of optimum-benchmark and of QwenLM/Qwen2.5, gpt-fast's generate.py.  Others print what the driver says (nvidia-smi).
-TORCH_COUNTED = ("transformers", "autoawq", "lightning", "gpt-fast", "exllama", "deepspeed")
-# Beside its allocations a process holds the CUDA context and blocks that torch's allocator keeps for later: 1.7 to 3.3 GB in
-# the rows of optimum-benchmark (A100, 2023) that give the process's peak.  Which of the two a table gives it rarely says.
-HELD_BYTES = 3e9
+TORCH_COUNTED = ("transformers", "autoawq", "lightning", "gpt-fast", "deepspeed")
+# A process also holds blocks that torch's allocator keeps for later: with PROCESS_BYTES 1.7 to 3.3 GB in the rows of
+# optimum-benchmark (A100, 2023) that give the process's peak.  Which of the two a table gives it rarely says.
+HELD_BYTES = 1.6e9
+# Whose cache is made for the longest context that the model is for (ExLlamaV2Cache's max_seq_len).
+WHOLE_CONTEXT = ("exllama",)
 # FasterTransformer's context, MPI and NCCL included, from its GPT 1.3B on an A100; its 6.7B, not fitted, has the same.
 CONTEXTS = {"fastertransformer": 2.9e9}
 # Buffers of 16 bit that are there for every prompt token of the batch from first to last, in widths of the residual stream.
@@ -102,6 +108,8 @@ def _as_needed(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str
     whichever is more.  Only a cache that grows by concatenation is smaller at first."""
     each = batch * s.kv_copies
     full = each * s.model.kv_bytes(tokens + output, s.kv_dtype) * s.framework.cache_copies
+    if named(s.framework.name) in WHOLE_CONTEXT:  # windows too
+        full = each * np.maximum(tokens + output, s.model.max_context) * s.model.kv_bytes_per_token(s.kv_dtype)
     first = each * s.model.kv_bytes(tokens, s.kv_dtype) if s.framework.copied else full
     prefill = s.gpus * _pass_bytes(s, batch, tokens, batch * tokens if s.framework.all_logits else batch)
     decode = s.gpus * _pass_bytes(s, batch, 1.0, batch)
@@ -126,10 +134,16 @@ def peak_terms(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str
     weights, the cache of the batch, activations and the runtime's own.
     """
     same = np.ones_like(batch)
-    runtime = CONTEXTS.get(named(s.framework.name), CONTEXT_BYTES) + scratch_bytes(s)
+    name = named(s.framework.name)
+    process = CONTEXT_BYTES if s.hardware.cpu else PROCESS_BYTES
+    runtime = CONTEXTS.get(name, process) + scratch_bytes(s)
     terms = {"weights": s.model.weight_bytes(s.dtype) * s.cp * same, "runtime": runtime * s.gpus * same}
+    whole = usable_bytes(s.hardware) * s.gpus
+    if name in OF_FREE:
+        left = np.maximum(whole - terms["weights"] - terms["runtime"], 0.0)
+        return terms | {"reserved": (s.framework.pool or 0.9) * left}
     if s.framework.pool:
-        whole = usable_bytes(s.hardware) * s.gpus
+        terms["runtime"] = CONTEXT_BYTES * s.gpus * same  # the share is of all that is in use
         cache_only = terms["weights"] if s.framework.pool_of == "cache" else 0.0
         taken = np.minimum(whole * s.framework.pool + cache_only, 0.98 * whole)
         return terms | {"reserved": np.maximum(taken - terms["weights"], 0.0)}
@@ -137,16 +151,17 @@ def peak_terms(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str
 
 
 def interval(s: Setup, value: Array, low: Array, high: Array) -> tuple[Array, Array]:
-    """The 90 % interval of a peak, given that of engines in general: with torch it ends above where a process's begins."""
-    if named(s.framework.name) not in TORCH_COUNTED:
+    """The 90 % interval of a peak, given that of engines in general: with torch it reaches from what torch counts to what a
+    process holds."""
+    if named(s.framework.name) not in TORCH_COUNTED or s.framework.pool:
         return low, high
-    return value * 0.93, value * 1.03 + HELD_BYTES * s.gpus
+    return (value - uncounted_bytes(s)) * 0.93, value * 1.03 + HELD_BYTES * s.gpus
 
 
 def uncounted_bytes(s: Setup) -> float:
     """Of `peak_terms` what published figures of this framework leave out, since torch counts only what it allocates."""
-    counts = named(s.framework.name) in TORCH_COUNTED
-    return (CONTEXT_BYTES - COUNTED_BYTES) * s.gpus if counts else 0.0
+    counts = named(s.framework.name) in TORCH_COUNTED and not s.framework.pool and not s.hardware.cpu
+    return (PROCESS_BYTES - COUNTED_BYTES) * s.gpus if counts else 0.0
 
 
 def peak_bytes(s: Setup, batch: Array, tokens: Array, output: Array) -> Array:

@@ -119,21 +119,29 @@ Calibrate = Callable[[dict[Hashable, Any]], Calibration | None]
 
 def memory_units(frame: pd.DataFrame) -> pd.Series[float]:
     """Bytes of a GB of mem_gb for each row: 2**30 as nvidia-smi, vLLM, LMDeploy and llama.cpp count, 1e9 as the scripts around
-    torch do mostly (optimum-benchmark, gpt-fast).  Where these show less than the bytes of a model's 16-bit weights alone it
-    can only be 2**30 as well, for all rows of that framework and source (columns dataset and source_repo, if there)."""
-    units = pd.Series(GIB, frame.index)
-    units[frame.framework.map(named).isin(memory.TORCH_COUNTED)] = GB
-    torch = frame[units.eq(GB) & frame.mem_gb.gt(0)]
-    source = [c for c in ("dataset", "source_repo") if c in frame] + ["framework"]
-    for (model, named_dtype), rows in torch.groupby(["model", "weight_dtype"]):
+    torch do mostly (optimum-benchmark, gpt-fast).
+
+    Some rows tell: those that with 1e9 show less than the bytes of a model's 16-bit weights alone, and those that with 2**30
+    show more than the accelerators have.  Their source (columns dataset or source_repo; without one, the framework) counts
+    as they do, unless they are of two minds.
+    """
+    units = pd.Series(np.where(frame.framework.map(named).isin(memory.TORCH_COUNTED), GB, GIB), frame.index)
+    source = next((c for c in ("dataset", "source_repo") if c in frame), "framework")
+    told: dict[object, set[float]] = {}
+    for common, rows in servers(frame[frame.mem_gb.gt(0)]):
         try:
-            found, dtype = catalogue.find(str(model)), dtypes.stated(str(named_dtype))
+            case = case_of(common)
         except RidgelineError:
             continue  # said when it is predicted
-        least = found.weight_bytes(dtype) if (dtype or found.dtype) in dtypes.WHOLE else 0.0
-        for key in set(rows.loc[rows.mem_gb * GB < least, source].itertuples(index=False, name=None)):
-            units[(frame[source] == list(key)).all(axis=1)] = GIB
-    return units
+        whole = case.hardware.mem_bytes * case.tp * case.pp * case.dp * case.replicas * memory.GIB_PER_GB
+        least = case.model.weight_bytes(case.dtype) if (case.dtype or case.model.dtype) in dtypes.WHOLE else 0.0
+        for key, value in zip(rows[source], rows.mem_gb, strict=True):
+            if value * GB < least <= value * GIB and case.replicas == 1:
+                told.setdefault(key, set()).add(GIB)
+            elif value * GB <= whole < value * GIB:
+                told.setdefault(key, set()).add(GB)
+    decided = frame[source].map({key: next(iter(said)) for key, said in told.items() if len(said) == 1})
+    return decided.fillna(units).astype(float)
 
 
 def predictions(frame: pd.DataFrame, calibrate: Calibrate | None = None) -> pd.DataFrame:
@@ -175,11 +183,10 @@ def _fill(out: pd.DataFrame, case: Case, kind: str, rows: pd.DataFrame, calibrat
             column, 1
         )
         needs_length = column in ("ttft_ms", "e2e_s", "total_tps")
-        if column == "mem_gb":  # the interval is of what is counted, as the value is
-            scale = scale * (1 - memory.uncounted_bytes(found.setup) / got.value)
+        value = got.value - memory.uncounted_bytes(found.setup) if column == "mem_gb" else got.value
         shown = rows.isl.notna().to_numpy() if needs_length else np.ones(len(rows), bool)
         for name, values in (
-            (f"pred_{column}", got.value),
+            (f"pred_{column}", value),
             (f"pred_{column}_low", got.low),
             (f"pred_{column}_high", got.high),
             (f"bound_{column}", got.bound),
