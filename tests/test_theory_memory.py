@@ -94,6 +94,16 @@ PEAKS = [
     ("Qwen/Qwen2.5-14B-Instruct", "transformers 4.46+flash-attn2", "bf16", 1, 1, 2048, 28.08),
     ("Qwen/Qwen2.5-14B-Instruct", "transformers 4.46+flash-attn2", "bf16", 1, 30720, 2048, 36.85),
     ("Qwen/Qwen2.5-14B-Instruct", "transformers 4.46+flash-attn2", "int8", 1, 14336, 2048, 19.98),
+    # The Qwen2 documentation's speed benchmark (Apache-2.0): GiB.  The logits of the whole prompt, before transformers 4.45.
+    ("Qwen/Qwen2-0.5B-Instruct", "transformers 4.38.2+flash-attn2", "bf16", 1, 30720, 2048, 27.61),
+    ("Qwen/Qwen2-7B-Instruct", "transformers 4.38.2+flash-attn2", "bf16", 1, 6144, 2048, 20.26),
+    # casper-hansen/AutoAWQ's README (MIT): GiB on an RTX 4090, here of an A100.  Joined matrices; attention in full.
+    ("lmsys/vicuna-7b-v1.5", "AutoAWQ 0.1.6", "int4", 1, 64, 64, 4.50),
+    ("Llama-2-13b", "AutoAWQ 0.1.6", "int4", 3, 64, 64, 8.57),
+    ("MPT-7b", "AutoAWQ 0.1.6", "int4", 1, 64, 64, 3.67),
+    ("TinyLlama-1.1B", "AutoAWQ 0.1.6", "int4", 1, 2048, 2048, 2.10),
+    ("Mistral-7B-v0.1", "AutoAWQ 0.1.6", "int4", 8, 2048, 2048, 16.82),
+    ("deepseek-coder-33b", "AutoAWQ 0.1.6", "int4", 1, 2048, 2048, 19.87),
     # NVIDIA/FasterTransformer, docs/gpt_guide.md (Apache-2.0): GiB of the whole process; only GPT 1.3B was fitted to.
     ("gpt-6.7b", "FasterTransformer", "fp16", 1, 128, 8, 15.55),
     ("gpt-6.7b", "FasterTransformer", "fp16", 32, 512, 32, 28.73),

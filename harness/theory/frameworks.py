@@ -168,6 +168,7 @@ LAST_LOGITS = (4, 45)  # since this release transformers' generate() computes a 
 DYNAMIC_CACHE = (4, 36)
 # Before it, too, attention was computed in full: scores in 16 bit with the mask added, softmax in 32 bit, cast back to 16.
 EAGER_SCORE_BYTES = 8.0
+AUTOAWQ_SCORE_BYTES = 10.0  # its fused prefill: scores in 16 bit, in 32 for the softmax, and the softmax's own 32
 EXLLAMAV2_TOKENS = 2048.0 * 8  # max_input_len and max_batch_size of AutoGPTQ's exllamav2 kernels
 # The release with which transformers began to know a family, where it is later than those two.
 KNOWN_SINCE = {"qwen2": (4, 37), "gemma": (4, 38), "phi3": (4, 41), "gemma2": (4, 42), "qwen3": (4, 51), "gemma3": (4, 50),
@@ -202,6 +203,8 @@ def find(
     row = replace(row, launch_s=row.launch_s * hosted)
     if row.copied and "exllamav2" in (name or "").casefold():
         row = replace(row, scratch_tokens=EXLLAMAV2_TOKENS)
+    if named(name) == "autoawq":
+        row = replace(row, score_bytes=AUTOAWQ_SCORE_BYTES)
     if row.copied and ran < DYNAMIC_CACHE:
         return replace(
             row, cache_copies=2.0, score_bytes=0.0 if "flash" in (name or "").casefold() else EAGER_SCORE_BYTES

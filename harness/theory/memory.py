@@ -24,6 +24,9 @@ TORCH_COUNTED = ("transformers", "autoawq", "lightning", "gpt-fast", "deepspeed"
 # A process also holds blocks that torch's allocator keeps for later: with PROCESS_BYTES 1.7 to 3.3 GB in the rows of
 # optimum-benchmark (A100, 2023) that give the process's peak.  Which of the two a table gives it rarely says.
 HELD_BYTES = 1.6e9
+# Whose published peaks begin with loading: AutoAWQ joins the matrices of query, key and value, which are there twice until
+# then (fuse_layers; its benchmark never resets the peak).  These families have them in one already.
+JOINED_ON_LOADING, JOINED = ("autoawq",), ("mpt", "falcon", "bloom", "gpt_neox", "phi3", "chatglm")
 # Whose cache is made for the longest context that the model is for (ExLlamaV2Cache's max_seq_len).
 WHOLE_CONTEXT = ("exllama",)
 # FasterTransformer's context, MPI and NCCL included, from its GPT 1.3B on an A100; its 6.7B, not fitted, has the same.
@@ -113,9 +116,21 @@ def _as_needed(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str
     first = each * s.model.kv_bytes(tokens, s.kv_dtype) if s.framework.copied else full
     prefill = s.gpus * _pass_bytes(s, batch, tokens, batch * tokens if s.framework.all_logits else batch)
     decode = s.gpus * _pass_bytes(s, batch, 1.0, batch)
+    joining = _joined_bytes(s) if named(s.framework.name) in JOINED_ON_LOADING else 0.0
+    decode = np.maximum(decode, joining - full)
     early = first + prefill > full + decode
     kept = batch * tokens * s.model.hidden * 2.0 * KEPT.get(named(s.framework.name), 0.0)
     return {"kv cache": np.where(early, first, full), "activations": np.where(early, prefill, decode) + kept}
+
+
+def _joined_bytes(s: Setup) -> float:
+    """Bytes of the matrices of queries, keys and values, as stored: what joining them holds twice."""
+    if s.model.family in JOINED:
+        return 0.0
+    share = 1 - sum(g.count * g.heads * (g.value_dim or g.head_dim) for g in s.model.groups) * s.model.hidden / sum(
+        g.count * g.attention_matmul for g in s.model.groups
+    )
+    return share * s.model.bytes_by_part(s.dtype)["attention"]
 
 
 def scratch_bytes(s: Setup) -> float:

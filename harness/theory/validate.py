@@ -118,14 +118,15 @@ Calibrate = Callable[[dict[Hashable, Any]], Calibration | None]
 
 
 def memory_units(frame: pd.DataFrame) -> pd.Series[float]:
-    """Bytes of a GB of mem_gb for each row: 2**30 as nvidia-smi, vLLM, LMDeploy and llama.cpp count, 1e9 as the scripts around
-    torch do mostly (optimum-benchmark, gpt-fast).
+    """Bytes of a GB of mem_gb for each row: 2**30 as nvidia-smi, vLLM, LMDeploy, llama.cpp and AutoAWQ count, 1e9 as other
+    scripts around torch do mostly (optimum-benchmark, gpt-fast).
 
     Some rows tell: those that with 1e9 show less than the bytes of a model's 16-bit weights alone, and those that with 2**30
     show more than the accelerators have.  Their source (columns dataset or source_repo; without one, the framework) counts
     as they do, unless they are of two minds.
     """
-    units = pd.Series(np.where(frame.framework.map(named).isin(memory.TORCH_COUNTED), GB, GIB), frame.index)
+    names = frame.framework.map(named)
+    units = pd.Series(np.where(names.isin(memory.TORCH_COUNTED) & names.ne("autoawq"), GB, GIB), frame.index)
     source = next((c for c in ("dataset", "source_repo") if c in frame), "framework")
     told: dict[object, set[float]] = {}
     for common, rows in servers(frame[frame.mem_gb.gt(0)]):
