@@ -11,6 +11,20 @@ from harness import units
 from harness.records import Floats, RidgelineError
 
 Stretch = tuple[float, float, float]  # seconds, rate at its start, rate at its end; linear between
+DRAWN, DRAWN_IN_ALL = 64, 2**21  # from so many draws for each gap, and no more than this, the gaps are chosen
+
+
+def _sums(rng: np.random.Generator, draw: Callable[[int], Floats], rate: float, n: int) -> Floats:
+    """Sums of `n` gaps that `draw` gives: one from each n-th of their distribution, in random order, n/rate in all.
+
+    So that a run of a few hundred requests has the rate and the variation of its name: as many draws by themselves would
+    miss the rate by 1/sqrt(n), bursty ones by more (stratified sampling; W. G. Cochran, Sampling Techniques, 5).
+    """
+    each = max(1, min(DRAWN, DRAWN_IN_ALL // n))
+    ranked = np.sort(draw(n * each)).reshape(n, each)
+    gaps = ranked[np.arange(n), rng.integers(each, size=n)]
+    gaps[-1] = np.sqrt(np.mean(ranked[-1] ** 2))  # the longest part is wide: any one of it would move the variation
+    return np.asarray(np.cumsum(rng.permutation(gaps)) * n / (rate * gaps.sum()))
 
 
 def constant(rng: np.random.Generator, rate: float, n: int, burstiness: float) -> Floats:
@@ -20,7 +34,7 @@ def constant(rng: np.random.Generator, rate: float, n: int, burstiness: float) -
 
 def poisson(rng: np.random.Generator, rate: float, n: int, burstiness: float) -> Floats:
     """Exponential gaps: the coefficient of variation is 1."""
-    return np.cumsum(rng.exponential(1 / rate, n))
+    return _sums(rng, rng.standard_exponential, rate, n)
 
 
 def gamma(rng: np.random.Generator, rate: float, n: int, burstiness: float) -> Floats:
@@ -28,7 +42,7 @@ def gamma(rng: np.random.Generator, rate: float, n: int, burstiness: float) -> F
 
     The parameter means what it means in vllm bench serve (--burstiness).
     """
-    return np.cumsum(rng.gamma(burstiness, 1 / (rate * burstiness), n))
+    return _sums(rng, lambda size: rng.standard_gamma(burstiness, size), rate, n)
 
 
 ARRIVALS: dict[str, Callable[[np.random.Generator, float, int, float], Floats]] = {

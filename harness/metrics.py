@@ -5,6 +5,8 @@ Definitions of the field differ; these are ours (see README, "What the numbers m
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,11 +125,18 @@ METRICS = (
 
 
 def distribution(values: Spread, per_trial: Sequence[float] = ()) -> dict[str, float | int]:
-    """A row of the summary; `per_trial` are the means of the trials, from which the interval of the mean follows."""
+    """A row of the summary; `per_trial` are the means of the trials, from which the interval of the mean follows, and
+    their median, which one trial on a disturbed machine does not move."""
     low, high = stats.interval(per_trial)
     row: dict[str, float | int] = {"mean": values.mean}
     row |= dict(zip(("p50", "p90", "p95", "p99"), values.quantiles(0.5, 0.9, 0.95, 0.99), strict=True))
-    return row | {"n": values.n, "low": low, "high": high}
+    known = [mean for mean in per_trial if not math.isnan(mean)]
+    return row | {
+        "n": values.n,
+        "low": low,
+        "high": high,
+        "median_of_trials": statistics.median(known) if known else NAN,
+    }
 
 
 Windows = list[tuple[float, float]]

@@ -169,9 +169,7 @@ def due_s(workload: Workload, point: Point, trial: int, n: int) -> Floats | None
     rng = np.random.default_rng([workload.seed, point.index, trial])
     if point.stretches:
         return rescaled(ARRIVALS[workload.arrivals](rng, 1.0, n, workload.burstiness), point.stretches)
-    found = ARRIVALS[workload.arrivals](rng, point.rate, n, workload.burstiness)
-    # A search looks at latency over the rate, so the rate is to be the one asked: arrivals given how many come.
-    return found * (n / point.rate / found[-1]) if point.play and found[-1] > 0 else found
+    return ARRIVALS[workload.arrivals](rng, point.rate, n, workload.burstiness)
 
 
 def trial_requests(workload: Workload, point: Point, trial: int, prompts: tokens.Prompts,

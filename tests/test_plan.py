@@ -26,6 +26,26 @@ def test_arrivals_keep_their_name(name: str, rate: float, burstiness: float) -> 
     assert np.std(gaps) / np.mean(gaps) == pytest.approx(expected, rel=0.05, abs=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    ("name", "burstiness", "cv"), [("poisson", 1.0, 1.0), ("gamma", 0.25, 2.0), ("gamma", 4.0, 0.5)]
+)
+def test_a_short_run_keeps_the_name_too_and_its_gaps_come_in_no_order(
+    name: str, burstiness: float, cv: float, seed: int
+) -> None:
+    """400 independent gaps would miss the rate by 5 % and more; an order would show as correlation of neighbours."""
+    gaps = np.diff(ARRIVALS[name](np.random.default_rng(seed), 50.0, 400, burstiness), prepend=0.0)
+    assert np.mean(gaps) == pytest.approx(1 / 50, rel=1e-9)
+    assert np.std(gaps) / np.mean(gaps) == pytest.approx(cv, rel=0.05)
+    assert abs(np.corrcoef(gaps[:-1], gaps[1:])[0, 1]) < 4 / 400**0.5
+
+
+def test_all_of_many_arrivals_are_drawn_within_bounds() -> None:
+    due_s = ARRIVALS["gamma"](np.random.default_rng(0), 1.0, 3_000_000, 0.5)
+    assert len(due_s) == 3_000_000 and due_s[-1] == pytest.approx(3e6)
+    assert ARRIVALS["poisson"](np.random.default_rng(0), 2.0, 1, 1.0) == pytest.approx([0.5])
+
+
 async def by_words(text: str) -> int:
     """A tokenizer of 4 characters a token, words apart, and one BOS: awkward enough that lengths must be searched."""
     return 1 + sum(-(-len(word) // 4) for word in text.split())

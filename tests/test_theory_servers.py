@@ -7,10 +7,11 @@ ai-dynamo/aiconfigurator's closed loops (Apache-2.0).
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from harness.theory import catalogue, frameworks, hardware, roofline, validate
+from harness.theory import catalogue, frameworks, hardware, load, roofline, validate
 from harness.theory.calibration import Calibration
 
 ROW = {"n_gpus": 1, "kind": "static", "kv_dtype": ""}
@@ -130,3 +131,25 @@ def test_a_cache_factor_goes_half_way_to_another_model():
     assert fitted.closeness(other, h100) == "model"
     carried = fitted.factors_for(other, h100)
     assert (carried.kv, carried.compute) == (2.0, 1.2)
+
+
+def test_the_first_prompt_of_a_wave_is_prefilled_alone_and_the_others_after_it():
+    """vLLM 0.32 on two cores (518 M parameters, prompts of 350 tokens, passes of at most 2048), first tokens of waves of
+    1, 2, 4 and 8 in s: 1.01 | 1.02 2.00 | 1.00, 3 x 3.75 | 1.01, 5 x 6.42, 2 x 7.57.  llama.cpp takes both of two at once."""
+    model, cores = catalogue.find("meta-llama/Llama-3.2-1B"), hardware.find("EPYC-9654")
+
+    def timed(framework: str, batch: int, *, progressive: bool = True) -> tuple[float, float]:
+        s = roofline.setup(model, cores, frameworks.find(framework, cores))
+        size, tokens, output = (np.array([float(x)]) for x in (batch, 350, 151))
+        found = load.static(s, size, tokens, output, progressive=progressive)
+        return float(load.total(found.ttft)[0]), float(found.busy_s[0])
+
+    whole = {n: timed("vllm", n, progressive=False)[0] for n in (1, 3, 7)}
+    assert timed("vllm", 1)[0] == pytest.approx(whole[1])
+    assert timed("vllm", 4)[0] == pytest.approx((whole[1] + 3 * (whole[1] + whole[3])) / 4)
+    for batch, measured in ((2, 1.51), (4, 3.06), (8, 6.09)):
+        assert timed("vllm", batch)[0] / whole[1] == pytest.approx(measured, rel=0.08)
+    # what the mean first token does not wait of the prefill, its request waits later: all end when the last does
+    later = timed("vllm", 4)[1] - timed("vllm", 4, progressive=False)[1]
+    assert later == pytest.approx(whole[1] + whole[3] - timed("vllm", 4, progressive=False)[0])
+    assert timed("llama.cpp", 2)[0] == pytest.approx(2 * timed("llama.cpp", 1)[0], rel=0.05)

@@ -169,7 +169,7 @@ def _next_cell(
 
 
 def of_points(points: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """The measured points of a run (as in summary.json) as cells; invalid points are left out.
+    """The measured points of a run (as in summary.json) as cells, each the median of its trials; invalid points are left out.
 
     `batch` of an open loop is what was in flight on average (Little's law).
     """
@@ -178,8 +178,9 @@ def of_points(points: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         if point["verdict"] == "invalid" or not point["input_tokens"] or not point["output_tokens"]:
             continue
         batch = point["batch_size"] or point["requests_per_s"] * point["e2e_s"]["mean"]
-        figures = {column: 1e3 * point[name]["mean"] if point[name]["mean"] else math.nan
-                   for column, name in (("ttft_ms", "ttft_s"), ("tpot_ms", "itl_s"))}  # fmt: skip
+        means = {column: point[name].get("median_of_trials") or point[name]["mean"]  # older summaries have no median
+                 for column, name in (("ttft_ms", "ttft_s"), ("tpot_ms", "itl_s"))}  # fmt: skip
+        figures = {column: 1e3 * mean_s if mean_s else math.nan for column, mean_s in means.items()}
         rows.append({"batch": float(max(1, round(batch))), "isl": float(round(point["input_tokens"])),
                      "osl": float(round(point["output_tokens"])), **figures})  # fmt: skip
     names = ["batch", "isl", "osl", *TOLD]

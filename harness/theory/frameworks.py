@@ -34,7 +34,9 @@ class Framework:
     weights out in 16 bit (exllama's MAX_Q_GEMM_ROWS; bitsandbytes' gemv is for one token; AutoAWQ's heuristic).
     `cache_copies`: of the cache that are there at the peak of memory: two in releases before DYNAMIC_CACHE.
     `sequences`: most in a step (vLLM's max_num_seqs).  `score_bytes` of each head's attention matrix that are there at a time
-    (0: fused); `scratch_tokens`: of which the kernels of narrow weights keep space for outputs.
+    (0: fused); `scratch_tokens`: of which the kernels of narrow weights keep space for outputs.  `gathers`: what comes at
+    once is taken at once; others take the first prompt that comes and prefill it alone, while the rest of its batch is still
+    being read.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Framework:
     sequences: float = math.inf
     score_bytes: float = 0.0
     scratch_tokens: float = 0.0
+    gathers: bool = False
 
 
 # Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
@@ -200,7 +203,7 @@ def find(
         large, new = _large(hardware), (release(name) or OVERLAPPED["vllm"]) >= OVERLAPPED["vllm"]
         row = replace(row, sequences=1024.0 if large and new else 256.0, chunk=row.chunk if large or not new else 2048)
     hosted = next((v for prefix, v in HOST.items() if hardware.name.startswith(prefix)), 1.0)
-    row = replace(row, launch_s=row.launch_s * hosted)
+    row = replace(row, launch_s=row.launch_s * hosted, gathers=named(name) == "llama.cpp")
     if row.copied and "exllamav2" in (name or "").casefold():
         row = replace(row, scratch_tokens=EXLLAMAV2_TOKENS)
     if named(name) == "autoawq":

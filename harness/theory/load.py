@@ -50,6 +50,25 @@ def waited_share(s: Setup, prompts: Array, tokens: Array) -> Array:
     return np.asarray(np.maximum(ends / (prompts**2 * tokens), (prompts + 1) / (2 * prompts)))
 
 
+def one_by_one(s: Setup, size: Array, tokens: Array, cached_share: float) -> tuple[Pass, Terms, Array]:
+    """`size` requests that a server takes as they come: (the whole prefill, the mean request's part of it up to its own
+    first token, what passes from then until all are prefilled).
+
+    The first prompt to come is in the first pass alone, unless the server `gathers`; the others are in the next ones.
+    """
+    together = prefill_all(s, size, tokens, cached_share)
+    share = waited_share(s, size, tokens)
+    if s.framework.gathers:
+        return together, {k: v * share for k, v in together.terms.items()}, together.total * (1 - share)
+    first, n = prefill_all(s, np.ones_like(size), tokens, cached_share), np.maximum(size - 1, 1.0)
+    others, alone = prefill_all(s, n, tokens, cached_share), size < 2
+    share = np.where(alone, 0.0, (size - 1) / size * waited_share(s, n, tokens))
+    own = {k: v + others.terms[k] * share for k, v in first.terms.items()}
+    rest = {k: np.where(alone, 0.0, v) for k, v in others.terms.items()}
+    whole = Pass({k: v + rest[k] for k, v in first.terms.items()}, together.hidden, together.bound)
+    return whole, own, others.total * np.where(alone, 0.0, 1 - share)
+
+
 def prefill_all(s: Setup, prompts: Array, tokens: Array, cached_share: float = 0.0) -> Pass:
     """`prompts` prompts in as many passes as the framework's chunk asks for, over the stages of a pipeline."""
     past = tokens * cached_share
@@ -70,20 +89,17 @@ def static(
     """
     largest = memory.largest_batch(s, tokens + output)
     size = np.clip(batch, 1.0, np.maximum(largest, 1.0))
-    prefill, step, took = _round(s, size, tokens, output, cached_share)
+    prefill, own, early, step, took = _round(s, size, tokens, output, cached_share, progressive)
     full = np.floor(batch / size)
     rest = batch - full * size
     busy, waiting = full * took, (full - 1) / 2 * took
     if np.any(rest > 0):
-        _, _, last = _round(s, np.maximum(rest, 1.0), tokens, output, cached_share)
+        *_, last = _round(s, np.maximum(rest, 1.0), tokens, output, cached_share, progressive)
         waiting = np.where(rest > 0, (full * size * waiting + rest * full * took) / batch, waiting)
         busy = busy + np.where(rest > 0, last, 0.0)
-    ttft, itl = dict(prefill.terms), dict(step.terms)
+    ttft, itl = dict(own), dict(step.terms)
     steps = np.maximum(output - 1, 0)
     if progressive:
-        share = waited_share(s, size, tokens)
-        early = prefill.total * (1 - share)
-        ttft = {k: v * share for k, v in ttft.items()}
         itl["prefills of others"] = early / np.maximum(steps, 1)
     if np.any(waiting > 0):
         ttft["waiting for memory"] = waiting
@@ -96,10 +112,17 @@ def static(
                   busy_bound)  # fmt: skip
 
 
-def _round(s: Setup, size: Array, tokens: Array, output: Array, cached_share: float) -> tuple[Pass, Pass, Array]:
-    prefill = prefill_all(s, size, tokens, cached_share)
+def _round(
+    s: Setup, size: Array, tokens: Array, output: Array, cached_share: float, progressive: bool
+) -> tuple[Pass, Terms, Array, Pass, Array]:
+    """One batch: its prefill, what the mean first token waits of it, what passes after that, a step, and all of it in s."""
+    if progressive:
+        prefill, own, early = one_by_one(s, size, tokens, cached_share)
+    else:
+        prefill = prefill_all(s, size, tokens, cached_share)
+        own, early = prefill.terms, 0 * size
     step = decode_step(s, size, tokens + 1, tokens + np.maximum(1.0, output - 1))
-    return prefill, step, prefill.total + (output - 1) * step.total
+    return prefill, own, early, step, prefill.total + (output - 1) * step.total
 
 
 # Lengths are nominal: benchmarks draw them from 0.8 to 1 of it, 0.9 on average.
