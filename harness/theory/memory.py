@@ -123,6 +123,10 @@ def _as_needed(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str
     return {"kv cache": np.where(early, first, full), "activations": np.where(early, prefill, decode) + kept}
 
 
+def _process_bytes(hardware: Hardware) -> float:
+    return PROCESS_BYTES if hardware.vendor in ("NVIDIA", "AMD") and not hardware.cpu else CONTEXT_BYTES
+
+
 def _joined_bytes(s: Setup) -> float:
     """Bytes of the matrices of queries, keys and values, as stored: what joining them holds twice."""
     if s.model.family in JOINED:
@@ -150,8 +154,7 @@ def peak_terms(s: Setup, batch: Array, tokens: Array, output: Array) -> dict[str
     """
     same = np.ones_like(batch)
     name = named(s.framework.name)
-    process = CONTEXT_BYTES if s.hardware.cpu else PROCESS_BYTES
-    runtime = CONTEXTS.get(name, process) + scratch_bytes(s)
+    runtime = CONTEXTS.get(name, _process_bytes(s.hardware)) + scratch_bytes(s)
     terms = {"weights": s.model.weight_bytes(s.dtype) * s.cp * same, "runtime": runtime * s.gpus * same}
     whole = usable_bytes(s.hardware) * s.gpus
     if name in OF_FREE:
@@ -175,8 +178,8 @@ def interval(s: Setup, value: Array, low: Array, high: Array) -> tuple[Array, Ar
 
 def uncounted_bytes(s: Setup) -> float:
     """Of `peak_terms` what published figures of this framework leave out, since torch counts only what it allocates."""
-    counts = named(s.framework.name) in TORCH_COUNTED and not s.framework.pool and not s.hardware.cpu
-    return (PROCESS_BYTES - COUNTED_BYTES) * s.gpus if counts else 0.0
+    counts = named(s.framework.name) in TORCH_COUNTED and not s.framework.pool
+    return (_process_bytes(s.hardware) - COUNTED_BYTES) * s.gpus if counts else 0.0
 
 
 def peak_bytes(s: Setup, batch: Array, tokens: Array, output: Array) -> Array:
