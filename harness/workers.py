@@ -315,11 +315,11 @@ class Crew:
                    until_s: float = float("inf")) -> Merged:  # fmt: skip
         everything = list(requests)
         groups = [list(g) for _, g in groupby(everything, lambda r: r.wave)] if barrier else [everything]
-        found: list[dict[str, Any]] = []
+        found: list[list[dict[str, Any]]] = []
         for group in groups:
-            if self.stopping or (found and clock() - found[0]["started_s"] > until_s):
+            if self.stopping or (found and clock() - found[0][0]["started_s"] > until_s):
                 break
-            found += await self._together(group, slots, until_s)
+            found.append(await self._together(group, slots, until_s))
         return Merged(found)
 
     async def _together(self, requests: list[Request], slots: int, until_s: float) -> list[dict[str, Any]]:
@@ -352,22 +352,22 @@ class Crew:
 
 
 class Merged:
-    """The senses of several workers as one's: the whole stretch, and the worst of each."""
+    """The senses of workers that played together, wave by wave, as one's: the whole stretch, and the worst of each."""
 
-    def __init__(self, senses: Sequence[dict[str, Any]]) -> None:
-        self.senses = senses
-        self.started_s = min((s["started_s"] for s in senses), default=0.0)
-        self.ended_s = max((s["ended_s"] for s in senses), default=0.0)
+    def __init__(self, together: Sequence[Sequence[dict[str, Any]]]) -> None:
+        self.senses = [one for senses in together for one in senses]
+        self.at_once = max((sum(one["max_in_flight"] for one in senses) for senses in together), default=0)
+        self.started_s = min((s["started_s"] for s in self.senses), default=0.0)
+        self.ended_s = max((s["ended_s"] for s in self.senses), default=0.0)
 
     def as_dict(self) -> dict[str, Any]:
-        names = {name for one in self.senses for name in one}
+        names = {name for one in self.senses for name in one} - {"held"}
         worst = {
             name: max((s[name] for s in self.senses if s.get(name) is not None), default=None) for name in sorted(names)
         }
-        at_once = sum(s["max_in_flight"] for s in self.senses if s["started_s"] == self.started_s)
         held = [one for s in self.senses for one in s.get("held", ())]  # of one worker: as if it held up all of them
         return worst | {"held": held, "started_s": self.started_s, "ended_s": self.ended_s,
-                        "max_in_flight": max(at_once, worst.get("max_in_flight") or 0)}  # fmt: skip
+                        "max_in_flight": self.at_once}  # fmt: skip
 
 
 def deal(requests: Sequence[Request], slots: int, n: int) -> list[dict[str, Any]]:

@@ -42,6 +42,9 @@ def test_two_workers_give_the_counts_and_latencies_of_one(
     two = played(ridgeline, url, *options, "--workers", "2")
     for found in (one, two):
         assert (found["points"][0]["requests"], found["points"][0]["errors"]) == (count, 0)
+        assert "V013" not in [finding["code"] for finding in found["points"][0]["findings"]], (
+            "all were in flight at once"
+        )
     assert two["points"][0]["ttft_ms"]["p50"] == pytest.approx(one["points"][0]["ttft_ms"]["p50"], abs=5)
     assert two["points"][0]["itl_ms"]["p50"] == pytest.approx(one["points"][0]["itl_ms"]["p50"], abs=1)
     folder = tmp_path / two["run"]
