@@ -295,6 +295,7 @@ def predict(
             help="Accelerators that the experts are spread over; beyond tp, the attention is in data parallel."
         ),
     ] = 1,
+    cp: Annotated[int, typer.Option(help="Accelerators that the tokens of each sequence are spread over.")] = 1,
     mode: Annotated[str, typer.Option(help="wave, closed or open.")] = "wave",
     rate: Annotated[str | None, typer.Option(help="Requests per second (open): 1,2,5.")] = None,
     framework: Annotated[str | None, typer.Option(help="vllm, sglang, tensorrt-llm, llama.cpp, transformers …")] = None,
@@ -306,6 +307,7 @@ def predict(
     draft_tokens: Annotated[int, typer.Option(help="Tokens that it proposes at a time.")] = 3,
     acceptance: Annotated[float, typer.Option(help="Share of its tokens that are accepted.")] = 0.7,
     calibration: Annotated[Path | None, typer.Option(help="A file of `ridgeline calibrate`.")] = None,
+    predictor: Annotated[str | None, typer.Option(help="Another's figures beside: aiconfigurator, an extra.")] = None,
     page: Annotated[Path | None, typer.Option("--report", help="Write it as a page, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -317,8 +319,29 @@ def predict(
     room = theory.room(gpu_memory_utilization, max_num_batched_tokens, kv_space)
     asked = theory.Asked(model, hardware.split(","), dtype.split(","), kv_dtype, pp, ep, mode if rate is None else "open",
                          _list(rate, float, "--rate"), framework, prefix_share, calibration,
-                         (draft_model, draft_tokens, acceptance) if draft_model else None, **numbers, room=room)  # fmt: skip
+                         (draft_model, draft_tokens, acceptance) if draft_model else None, **numbers, room=room,
+                         predictor=predictor, cp=cp)  # fmt: skip
     typer.echo(theory.predict(asked, as_json, page, ["ridgeline", *sys.argv[1:]]))
+
+
+@app.command()
+def training(
+    model: Annotated[str, typer.Option(help="A name of the catalogue, a config.json, its folder, or a GGUF file.")],
+    hardware: Annotated[str, typer.Option(help="Rows of `ridgeline hardware`, with commas between.")],
+    gpus: Annotated[int, typer.Option(help="Accelerators that share all parameters (FSDP).")] = 8,
+    batch: Annotated[int, typer.Option(help="Sequences of a step on each of them.")] = 1,
+    context: Annotated[int, typer.Option(help="Tokens of each.")] = 4096,
+    recompute: Annotated[bool, typer.Option(help="Run each layer's forward pass again rather than keep it.")] = True,
+    link: Annotated[
+        str | None, typer.Option(help="Rate of the link, per direction: 50GB/s; default: a machine's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Memory and time of a training step, parameters sharded over the accelerators (FSDP)."""
+    from harness import command_theory as theory
+
+    typer.echo(theory.training(model, hardware.split(","), as_json, link, gpus=gpus, batch=batch, context=context,
+                               recompute=recompute))  # fmt: skip
 
 
 @app.command()

@@ -21,6 +21,7 @@ from harness.records import RidgelineError
 from harness.report.predict_page import Part, render
 from harness.theory import calibrate as fitting
 from harness.theory import predict as sentences
+from harness.theory import training as fsdp
 from harness.theory import validate as holding
 from harness.theory.calibration import Calibration, from_dict
 from harness.theory.hardware import Hardware, from_row
@@ -53,6 +54,8 @@ class Asked:
     output_tokens: list[int]
     tp: list[int]
     room: Room
+    predictor: str | None = None
+    cp: int = 1
 
 
 def room(share: float, batched_tokens: int, kv_space: str | None) -> Room:
@@ -70,6 +73,8 @@ def predict(asked: Asked, as_json: bool, page: Path | None = None, words: Sequen
     if points * len(asked.hardware) * len(asked.dtype) * len(asked.tp) * len(asked.rate or [0]) > MOST:
         raise RidgelineError(f"more than {MOST} combinations: ask for fewer at once")
     found = list(_sweeps(asked))
+    if asked.predictor:
+        found = _beside(asked, asked.predictor, found)
     if page is not None:
         store.write_text(page, render(found, asked.model, asked.mode, shlex.join(words)))
     if as_json:
@@ -88,7 +93,7 @@ def _sweeps(asked: Asked) -> Iterator[Part]:
     for row, dtype, tp, rate in itertools.product(rows, asked.dtype, asked.tp, rates):
         try:
             found = sweep(model, row, batch=batch, input_tokens=i, output_tokens=o, dtype=dtype, kv_dtype=asked.kv_dtype,
-                          tp=tp, pp=asked.pp, dp=max(1, asked.ep // tp), mode=asked.mode, rate=rate,
+                          tp=tp, pp=asked.pp, dp=max(1, asked.ep // tp), cp=asked.cp, mode=asked.mode, rate=rate,
                           framework=asked.framework, cached_share=asked.prefix_share, draft=draft, calibration=calibration,
                           room=asked.room)  # fmt: skip
             yield Part(row, dtype, tp, rate, found, "")
@@ -96,6 +101,15 @@ def _sweeps(asked: Asked) -> Iterator[Part]:
             if len(rows) * len(asked.dtype) * len(asked.tp) == 1:
                 raise
             yield Part(row, dtype, tp, rate, None, str(problem))
+
+
+def _beside(asked: Asked, predictor: str, found: list[Part]) -> list[Part]:
+    """The parts with another predictor's figures."""
+    from harness.beside import beside
+
+    known = [(part.sweep, part.dtype, asked.kv_dtype) for part in found if part.sweep]
+    others = iter(beside(predictor, asked.model, known))
+    return [dataclasses.replace(part, other=next(others)) if part.sweep else part for part in found]
 
 
 def hardware_rows(name: str) -> list[Hardware]:
@@ -108,15 +122,41 @@ def hardware_rows(name: str) -> list[Hardware]:
     return [from_row(machine.row(None, Progress().line))]
 
 
+def training(model: str, hardware: list[str], as_json: bool, link: str | None, **asked: Any) -> str:
+    """Sentences, or the object, of a training step of the model on each hardware."""
+    shape = models.load(model)
+    rate = units.parse(link.removesuffix("/s"), "bytes", "--link") if link else math.nan
+    rows = [row for name in hardware for row in hardware_rows(name.strip())]
+    found = {row.name: fsdp.step(shape, row, link_bytes_per_s=rate, **asked) for row in rows}
+    if as_json:
+        return orjson.dumps({"schema": 1, "model": shape.name, **asked,
+                             "training": {name: dataclasses.asdict(step) for name, step in found.items()}}).decode()  # fmt: skip
+    lines = [
+        f"{shape.name}, Adam, 16-bit weights, {asked['gpus']} × {asked['batch']} sequences of {asked['context']} tokens"
+    ]
+    if asked["gpus"] > 8 and not link:
+        lines.append("as if one machine had them all; give --link, the rate of the slowest link between them")
+    low, high = (units.percent(share, 2) for share in fsdp.REACHED)
+    lines.append(f"an upper estimate of the speed: eight public runs reached {low} to {high} of it")
+    for name, one in found.items():
+        lines += ["", f"{name}: {units.rate(one.tokens_per_s, 'tokens', 3)}", *one.because]
+    return "\n".join(lines)
+
+
 def _predict_json(found: list[Part]) -> str:
     explained = sum(len(part.sweep) for part in found if part.sweep) <= MOST_SENTENCES
     parts = []
     for part in found:
         head: dict[str, Any] = {"hardware": part.hardware.name, "dtype": part.dtype, "tp": part.tp, "rate": part.rate}
+        head |= {"cp": part.sweep.setup.cp} if part.sweep and part.sweep.setup.cp > 1 else {}
         if part.sweep is None:
             parts.append(head | {"reason": part.reason, "points": []})
             continue
         points = list(_explained(part, part.sweep) if explained else _brief(part.sweep))
+        if part.other:
+            head["other"] = {"name": part.other.name, "reason": part.other.reason}
+            theirs = {key: getattr(part.other, key).tolist() for key in ("ttft_s", "itl_s", "output_tokens_per_s")}
+            points = [p | {"other": {key: v[at] for key, v in theirs.items()}} for at, p in enumerate(points)]
         tokens, block = kv_capacity(part.sweep.setup)
         head |= {"kv_cache": {"bytes": kv_space_bytes(part.sweep.setup), "tokens": tokens, "block_tokens": block}}
         parts.append(head | {"model": part.sweep.setup.model.name, "mode": part.sweep.mode, "points": points})
@@ -155,6 +195,8 @@ def _brief(found: Sweep) -> Iterator[dict[str, Any]]:
 def _predict_text(asked: Asked, found: list[Part]) -> str:
     lines = [f"{'hardware':<18} {'dtype':>5} {'tp':>2} {'batch':>5} {'in':>6} {'out':>6} {'TTFT':>9} {'ITL':>9} {'E2E':>9} "
              f"{'tokens/s':>9} {'90 % of ITL':>19}  limit"]  # fmt: skip
+    if asked.predictor:
+        lines[0] += f"  {asked.predictor}: TTFT, ITL, tokens/s"
     notes: dict[str, None] = {}
     capacity: dict[str, str] = {}
     for part in found:
@@ -163,13 +205,16 @@ def _predict_text(asked: Asked, found: list[Part]) -> str:
             lines.append(f"{head} {part.reason}")
             continue
         notes |= dict.fromkeys(part.sweep.setup.notes)
+        if part.other and part.other.reason:
+            notes[f"{part.hardware.name}: {part.other.reason}"] = None
         lines += [f"{head} {_line(part, at)}" for at in range(len(part.sweep))]
         tokens, block = kv_capacity(part.sweep.setup)
         capacity[f"{part.hardware.name} {part.dtype} tp {part.tp}"] = f"{tokens:,} tokens (blocks of {block})"
     lines += ["", *(f"KV cache of {name}: {held}" for name, held in capacity.items())]
     calibrated = f", calibrated by {asked.calibration}" if asked.calibration else ""
+    spread = f", cp {asked.cp}" if asked.cp > 1 else ""
     framework = next((p.sweep.setup.framework.name for p in found if p.sweep), "generic")
-    lines += ["", f"{asked.model}, {asked.mode}, framework {framework}{calibrated}; --json says why of each"]
+    lines += ["", f"{asked.model}, {asked.mode}{spread}, framework {framework}{calibrated}; --json says why of each"]
     return "\n".join(lines + [f"note: {note}" for note in notes])
 
 
@@ -188,7 +233,12 @@ def _line(part: Part, at: int) -> str:
     if part.rate:
         limit = f"{limit}; {units.number(part.rate, 3)} requests/s"
     more = f"; fits {s.largest[at]:.0f}" if s.batch[at] > s.running[at] and s.mode != "open" else ""
-    return f"{shape} {times} {units.number(value['output_tokens_per_s'], 3):>9} {span:>19}  {limit}{more}"
+    line = f"{shape} {times} {units.number(value['output_tokens_per_s'], 3):>9} {span:>19}  {limit}{more}"
+    if part.other is None:
+        return line
+    theirs = [_time(float(part.other.ttft_s[at])), _time(float(part.other.itl_s[at]))]
+    speed = float(part.other.output_tokens_per_s[at])
+    return f"{line:<118} {theirs[0]:>9} {theirs[1]:>9} {units.number(speed, 3) if speed == speed else '-':>9}"
 
 
 def _time(value_s: float) -> str:

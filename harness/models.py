@@ -31,6 +31,17 @@ def load(path: str | Path, name: str = "") -> architecture.Model:
         raise RidgelineError(f"model configuration {path}: {error.strerror or error}; give a readable file") from error
 
 
+def config_of(path: str | Path) -> dict[str, Any]:
+    """The configuration that `load` reads, as a config.json would have it.  Raises RidgelineError, also for a GGUF file."""
+    asked, path = str(path), Path(path)
+    if path.suffix not in (".json", ".gguf") and not path.exists():
+        return catalogue.config_of(asked)
+    found = _file(path)
+    if found.suffix == ".gguf":
+        raise RidgelineError(f"model {asked}: a GGUF file has no config.json")
+    return _json(found)
+
+
 def hardware(name: str) -> list[Hardware]:
     """The row of this name, or the rows of a .yaml file (JSON is YAML too).
 

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from harness import units
 from harness.records import Prediction
 from harness.report import charts, view
@@ -32,6 +35,17 @@ GLOSSARY = (
 
 
 @dataclass(frozen=True, slots=True)
+class Other:
+    """What another predictor says of the same points, float[n], NaN where it says nothing, for a `reason`."""
+
+    name: str
+    ttft_s: npt.NDArray[np.float64]
+    itl_s: npt.NDArray[np.float64]
+    output_tokens_per_s: npt.NDArray[np.float64]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """The predictions of one hardware, precision, tp and rate; `sweep` None where `reason` says why there are none."""
 
@@ -41,6 +55,7 @@ class Part:
     rate: float | None
     sweep: Sweep | None
     reason: str = ""
+    other: Other | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +75,7 @@ def render(parts: Sequence[Part], model: str, mode: str, command: str) -> str:
         (Section(key, name, form, lambda _: None), content) for key, name, form, content in (
             ("verdict", "At a glance", "parts", {"lead": best, "tables": [_glance(lines)], "points": _missing(parts), "command": ""}),
             ("figures", "Figures", "charts", _charts(lines, parts)),
+            *([("beside", "Beside another predictor", "parts", _beside(parts))] if any(p.other for p in parts) else []),
             ("time", "Where the time goes", "parts", _apart(lines)),
             ("doubts", "Hardware and doubts", "parts", {"lead": "", "tables": [_rows(parts)], "points": _notes(parts), "command": ""}),
             ("repeat", "How to reproduce", "parts", {"lead": "", "tables": [], "points": [], "command": command}),
@@ -88,7 +104,8 @@ def _cut(parts: Sequence[Part]) -> list[Part]:
 def _name(part: Part) -> str:
     rate = f", {units.rate(part.rate, 'requests', 3)}" if part.rate is not None else ""
     dtype = part.dtype if part.sweep is None else part.sweep.setup.dtype or part.sweep.setup.model.dtype
-    return f"{part.tp} × {part.hardware.name}, {dtype}{rate}"
+    spread = f", cp {part.sweep.setup.cp}" if part.sweep and part.sweep.setup.cp > 1 else ""
+    return f"{part.tp} × {part.hardware.name}, {dtype}{spread}{rate}"
 
 
 def _lines(parts: Sequence[Part]) -> Iterator[_Line]:
@@ -232,6 +249,25 @@ def _apart(lines: Sequence[_Line]) -> dict[str, Any]:
              for metric in (("ttft_s", "itl_s", "mem_bytes") if p.fits else ("e2e_s",))]  # fmt: skip
     lead = "Each prediction is the sum of named terms; here of the smallest and the largest batch, with the numbers put in."
     return {"lead": lead, "tables": [], "points": shown, "command": ""}
+
+
+def _beside(parts: Sequence[Part]) -> dict[str, Any]:
+    """Our values and those of the other predictor, point by point."""
+    body: list[Row] = []
+    for part, s, other in ((p, p.sweep, p.other) for p in parts if p.sweep and p.other):
+        for at in np.flatnonzero(np.isfinite(other.output_tokens_per_s)):
+            pairs = [
+                (s.columns[h.key].value[at], getattr(other, h.key)[at], h) for h in HEADLINES if hasattr(other, h.key)
+            ]
+            body.append([heading(_name(part)), Cell(f"{s.batch[at]:.0f}"),
+                         Cell(f"{s.input_tokens[at]:.0f} in {s.output_tokens[at]:.0f} out"),
+                         *(figure(h.show(theirs), f"ours {h.show(ours)}") for ours, theirs, h in pairs)])  # fmt: skip
+    names = ", ".join(dict.fromkeys(p.other.name for p in parts if p.other))
+    head = [column("With"), column("Batch"), column("Tokens"),
+            *(column(h.short, small="ours below") for h in HEADLINES if h.key in Other.__dataclass_fields__)]  # fmt: skip
+    reasons = dict.fromkeys(f"{_name(p)}: {p.other.reason}" for p in parts if p.other and p.other.reason)
+    return {"lead": f"Figures of {names} for the same points; it interpolates tables of measured kernels and has no intervals; of a wave all first tokens come together there.",
+            "tables": [Table("table-beside", names, [head], body)] if body else [], "points": list(reasons), "command": ""}  # fmt: skip
 
 
 def _rows(parts: Sequence[Part]) -> Table:

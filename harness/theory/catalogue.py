@@ -149,15 +149,26 @@ def find(name: str) -> Model:
     Owner, case, separators and words such as -Instruct, -hf or -chat do not matter; -FP8, -AWQ, -GPTQ, -NVFP4 and the like
     say how the weights are stored.  Raises RidgelineError for an unknown name (with the nearest ones) and an ambiguous one.
     """
+    entry, quantization = _entry_of(name)
+    return entry.model(name, quantization)
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """The config.json that `find` reads, reduced as the rows are.  Raises RidgelineError as it does."""
+    entry, quantization = _entry_of(name)
+    return entry.config | ({"quantization_config": quantization} if quantization else {})
+
+
+def _entry_of(name: str) -> tuple[Entry, dict[str, Any] | None]:
     plain, quantization = _without_quantization(name)
     exact, loose = _by_words()
     if re.search(r"\d_\d", plain) and _words(plain) not in exact:  # llama_v3_8b is no version 3.8
         plain = plain if _shape_words(_words(plain)) in loose else plain.replace("_", "-")
     if entry := exact.get(_words(plain)):
-        return entry.model(name, quantization)
+        return entry, quantization
     near = loose.get(_shape_words(_words(plain)), [])
     if len({json.dumps(e.config, sort_keys=True) for e in near}) == 1:
-        return near[0].model(name, quantization)
+        return near[0], quantization
     if near:
         raise RidgelineError(f"model {name!r} is ambiguous: name one of {', '.join(e.id for e in near)}")
     names = {" ".join(_shape_words(_words(n))): n for e in reversed(entries()) for n in reversed(e.names)}

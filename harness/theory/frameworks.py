@@ -34,8 +34,10 @@ class Framework:
     (repeat_kv of transformers' modeling_llama.py).  `widen_above`: with more tokens than that a pass first writes narrow
     weights out in 16 bit (exllama's MAX_Q_GEMM_ROWS; bitsandbytes' gemv is for one token; AutoAWQ's heuristic).
     `cache_copies`: of the cache that are there at the peak of memory: two in releases before DYNAMIC_CACHE.
-    `sequences`: most in a step (vLLM's max_num_seqs).  `gathers`: what comes at once is taken at once; others take the
-    first prompt that comes and prefill it alone, while the rest of its batch is still being read.
+    `sequences`: most in a step (vLLM's max_num_seqs).  `score_bytes` of each head's attention matrix that are there at a time
+    (0: fused); `scratch_tokens`: of which the kernels of narrow weights keep space for outputs.  `gathers`: what comes at
+    once is taken at once; others take the first prompt that comes and prefill it alone, while the rest of its batch is still
+    being read.
     """
 
     name: str
@@ -66,6 +68,8 @@ class Framework:
     widen_above: float = math.inf
     cache_copies: float = 1.0
     sequences: float = math.inf
+    score_bytes: float = 0.0
+    scratch_tokens: float = 0.0
     gathers: bool = False
 
 
@@ -173,6 +177,10 @@ CPU_CHUNK = 2048  # tokens of a pass on a CPU: vLLM's max_num_batched_tokens the
 LAST_LOGITS = (4, 45)  # since this release transformers' generate() computes a prompt's last logits only
 # Since this one each layer replaces its own cache; before it the old caches of all layers live until the step has ended.
 DYNAMIC_CACHE = (4, 36)
+# Before it, too, attention was computed in full: scores in 16 bit with the mask added, softmax in 32 bit, cast back to 16.
+EAGER_SCORE_BYTES = 8.0
+AUTOAWQ_SCORE_BYTES = 10.0  # its fused prefill: scores in 16 bit, in 32 for the softmax, and the softmax's own 32
+EXLLAMAV2_TOKENS = 2048.0 * 8  # max_input_len and max_batch_size of AutoGPTQ's exllamav2 kernels
 # The release with which transformers began to know a family, where it is later than those two.
 KNOWN_SINCE = {"qwen2": (4, 37), "gemma": (4, 38), "phi3": (4, 41), "gemma2": (4, 42), "qwen3": (4, 51), "gemma3": (4, 50),
                "qwen3_moe": (4, 51), "gpt_oss": (4, 55)}  # fmt: skip
@@ -206,7 +214,15 @@ def find(
         row = replace(row, sequences=1024.0 if large and new else 256.0, chunk=row.chunk if large or not new else 2048)
     hosted = next((v for prefix, v in HOST.items() if hardware.name.startswith(prefix)), 1.0)
     row = replace(row, launch_s=row.launch_s * hosted, gathers=named(name) == "llama.cpp")
-    return replace(row, cache_copies=2.0) if row.copied and ran < DYNAMIC_CACHE else row
+    if row.copied and "exllamav2" in (name or "").casefold():
+        row = replace(row, scratch_tokens=EXLLAMAV2_TOKENS)
+    if named(name) == "autoawq":
+        row = replace(row, score_bytes=AUTOAWQ_SCORE_BYTES)
+    if row.copied and ran < DYNAMIC_CACHE:
+        return replace(
+            row, cache_copies=2.0, score_bytes=0.0 if "flash" in (name or "").casefold() else EAGER_SCORE_BYTES
+        )
+    return row
 
 
 def _large(hardware: Hardware) -> bool:

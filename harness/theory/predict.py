@@ -175,9 +175,12 @@ def _details(found: Sweep, at: int, metric: str) -> dict[str, str]:
         return {}
     together = found.running[at] if found.mode in ("wave", "static") or metric == "itl_s" else 1.0
     tokens = together * (found.input_tokens[at] if metric == "ttft_s" else 1.0)
-    work = tokens * model.matmul_flops_per_token + together * model.head_flops_per_token
+    work = (
+        tokens * model.matmul_flops_per_token / (s.cp if metric == "ttft_s" else 1)
+        + together * model.head_flops_per_token
+    )
     reads = float(model.read_bytes(s.dtype, tokens))
-    rate = s.hardware.bytes_per_s * s.tp
+    rate = s.hardware.bytes_per_s * s.tp  # in context parallel of each that has all the weights
     said = {
         "weights": f"{units.size(reads)} at {units.bandwidth(rate)}, of which kernels reach {units.percent(s.gemm.bandwidth, 2)}",
         "matmul": f"{units.amount(work)}FLOP at {units.flops(s.flops * s.tp)} {s.matmul_dtype}, of which kernels reach "
@@ -185,7 +188,7 @@ def _details(found: Sweep, at: int, metric: str) -> dict[str, str]:
     }
     if metric == "itl_s":
         first, last = found.input_tokens[at] + 1, found.input_tokens[at] + max(1.0, found.output_tokens[at] - 1)
-        kv = together * float(model.mean_kv_read_bytes(first, last, s.kv_dtype))
+        kv = together * float(model.mean_kv_read_bytes(first, last, s.kv_dtype)) / s.cp
         said["kv cache"] = (
             f"{units.size(kv)}, {units.count(together)} sequences of {units.count((first + last) / 2)} tokens, of the same "
             f"rate {units.percent(s.decode.bandwidth, 2)}"
@@ -227,7 +230,7 @@ def _seed(s: Setup, batch: int, tokens: int, output: int) -> dict[str, float]:
 
 
 def _unfit(s: Setup, shape: tuple[int, int, int], seed: dict[str, float], needed: Prediction) -> PointPrediction:
-    weights, has = s.model.weight_bytes(s.dtype), memory.usable_bytes(s.hardware) * s.gpus
+    weights, has = s.model.weight_bytes(s.dtype) * s.cp, memory.usable_bytes(s.hardware) * s.gpus
     kv = float(s.model.kv_bytes(float(shape[1] + shape[2]), s.kv_dtype))
     because = (
         f"{s.model.name} does not fit: {units.size(weights)} of weights and {units.size(kv)} of KV cache for one "

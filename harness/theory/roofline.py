@@ -10,6 +10,7 @@ A pass is a prefill (whole prompts, or a chunk of one) or a decoding step.  Its 
     activations       what lies between the matrices: norms, rotary embedding, activation function, residuals
     launch            latency of the kernels, however small
     host              what the framework does between steps, for each step and each sequence in it
+    ring              passing keys and values on in context parallel, where that takes longer than the attention beside it
     link latency, link volume    two all-reduces a layer in tensor parallel, one hand-over a stage in pipeline parallel
 
 Everything takes arrays, so that a sweep is one call.
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.records import RidgelineError
-from harness.theory import kernels
+from harness.theory import kernels, ring
 from harness.theory.dtypes import BITS, GGUF_BITS, RATE, WEIGHT_ONLY, WHOLE, dtype_named
 from harness.theory.frameworks import Framework
 from harness.theory.hardware import Hardware
@@ -45,6 +46,7 @@ LIMIT_OF = {
     "host": "latency",
     "link latency": "communication",
     "link volume": "communication",
+    "ring": "communication",
     "waiting for memory": "capacity",
     "waiting for prefills": "queue",
     "waiting for a step": "queue",
@@ -138,10 +140,11 @@ class Setup:
     prefill: kernels.Law
     draft: Draft | None = None
     memory: Room = Room()
+    cp: int = 1  # accelerators (of `tp` each) that the tokens of a sequence are spread over, with all weights in each
 
     @property
     def gpus(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     @property
     def kv_copies(self) -> float:
@@ -171,6 +174,7 @@ def setup(
     pp: int = 1,
     ep: int = 1,
     dp: int = 1,
+    cp: int = 1,
     factors: Factors | None = None,
 ) -> Setup:
     """Settle dtypes, rates and laws.  Raises RidgelineError for a split that the model or the hardware cannot have."""
@@ -180,19 +184,21 @@ def setup(
     weights, activations, matmul = _dtypes(model, dtype, notes)
     used, gain = _rate(hardware, matmul, activations, model, weights, notes)
     wide, _ = _rate(hardware, activations, activations, model, weights, [])
-    _check_split(model, hardware, tp, pp, ep, dp)
+    _check_split(model, hardware, tp, pp, ep, dp, cp)
     if not kernels.measured_itself(hardware) and not hardware.measured:
         notes.append(f"no kernels of {hardware.name} were measured: the efficiencies are those of other accelerators")
     cache = None if kv_dtype in (None, "", "auto") else dtype_named(str(kv_dtype))
     cache_law = "fp8" if cache in ("fp8", "int8") else "bf16"
-    return Setup(
+    built = Setup(
         model, hardware, framework, tp, pp, ep, dp, weights, cache, used,
         hardware.flops[used], hardware.flops[wide], gain, factors or Factors(), tuple(notes),
         gemm=kernels.law(hardware, "gemm", _law_dtype(weights or model.dtype, used)),
         head=kernels.law(hardware, "gemm", "bf16"),
         decode=kernels.law(hardware, "decode", cache_law),
-        prefill=kernels.law(hardware, "prefill", "bf16"),
+        prefill=kernels.law(hardware, "prefill", "bf16"), cp=cp,
     )  # fmt: skip
+    ring.check(built)
+    return built
 
 
 def _law_dtype(stored: str, used: str) -> str:
@@ -252,7 +258,7 @@ def _unshared(model: Model, tp: int) -> str:
     return f"tp {tp} must divide the {odd} KV heads of {model.name} or be a multiple of them" if odd else ""
 
 
-def _check_split(model: Model, hardware: Hardware, tp: int, pp: int, ep: int, dp: int) -> None:
+def _check_split(model: Model, hardware: Hardware, tp: int, pp: int, ep: int, dp: int, cp: int) -> None:
     if why := _unshared(model, tp):
         raise RidgelineError(why)
     if not 1 <= pp <= model.layers:
@@ -262,7 +268,7 @@ def _check_split(model: Model, hardware: Hardware, tp: int, pp: int, ep: int, dp
         raise RidgelineError(f"ep {ep} must be 1 or divide the {experts} experts of {model.name}")
     if dp < 1 or (dp > 1 and not experts):
         raise RidgelineError(f"dp {dp} must be at least 1, and 1 for {model.name}, which has no experts to share")
-    if tp * pp * dp > 1 and math.isnan(hardware.link_for(tp * pp * dp)):
+    if (gpus := tp * pp * dp * cp) > 1 and math.isnan(hardware.link_for(gpus)):
         raise RidgelineError(
             f"hardware {hardware.name}: no link or PCIe rate is known, so tp and pp must be 1, got {tp} and {pp}"
         )
@@ -307,10 +313,10 @@ def _decode_pass(s: Setup, batch: Array, first: Array, last: Array, width: int) 
     model = s.model
     stages = 1.0 if s.framework.layered else np.minimum(batch, s.pp)
     whole, batch = batch, np.maximum(1.0, batch / stages / s.dp)
-    kv = batch * model.mean_kv_read_bytes(first, last, s.kv_dtype)
-    flops = width * batch * model.mean_attention_flops(first, last)
+    kv = batch * model.mean_kv_read_bytes(first, last, s.kv_dtype) / s.cp
+    flops = width * batch * model.mean_attention_flops(first, last) / s.cp
     narrow = s.kv_dtype or ("fp8" if (s.dtype or model.dtype) not in WHOLE else None)
-    kv_least = batch * model.mean_kv_read_bytes(first, last, narrow)
+    kv_least = batch / s.cp * model.mean_kv_read_bytes(first, last, narrow)
     group = max(g.heads / g.kv_heads for g in model.groups) if not model.mla else 1.0
     slower = s.framework.attention * group**s.framework.grouped * s.factors.kv
     if s.framework.copied:  # read and written for torch.cat, read for copies, written and read for each query head
@@ -323,6 +329,10 @@ def _decode_pass(s: Setup, batch: Array, first: Array, last: Array, width: int) 
     done.terms["attention"] = np.where(reads >= computing, 0.0, longer)
     done.hidden["attention"] = np.where(reads >= computing, shorter, 0.0)
     _overheads(s, done.terms, width * batch, model.layers * s.decode.latency_s, eager=s.framework.eager_decode)
+    if s.cp > 1:
+        latency, volume = ring.gather(s, width * batch)
+        done.terms["link latency"] = done.terms["link latency"] + latency
+        done.terms["link volume"] = done.terms["link volume"] + volume
     done.terms["host"] = s.factors.overhead * (s.framework.step_s + s.framework.sequence_s * whole)
     bound = np.maximum(
         (model.read_bytes(s.dtype) / s.dp + kv_least) / (s.hardware.bytes_per_s * s.tp),
@@ -334,8 +344,8 @@ def _decode_pass(s: Setup, batch: Array, first: Array, last: Array, width: int) 
 def prefill_pass(s: Setup, prompts: Array, tokens: Array, past: Array | float = 0.0) -> Pass:
     """`prompts` prompts of `tokens` each, in one batch, with `past` tokens of each already in the cache."""
     model, prompts, past = s.model, np.maximum(1.0, prompts / s.dp), np.asarray(past, dtype=np.float64)
-    total = prompts * tokens
-    flops = prompts * model.prefill_attention_flops(tokens, past)
+    total = prompts * tokens / s.cp
+    flops = prompts * model.prefill_attention_flops(tokens, past) / s.cp
     law = s.prefill
     done = _matrices(s, total, total if s.framework.all_logits else prompts)
     moved = 2.0 * total * sum(2 * g.count * g.head_dim * (g.heads + g.kv_heads) for g in model.groups)
@@ -347,6 +357,8 @@ def prefill_pass(s: Setup, prompts: Array, tokens: Array, past: Array | float = 
             + moved / (s.hardware.bytes_per_s * s.tp) / law.bandwidth
         )
     )
+    if s.cp > 1:
+        done.terms["ring"], done.hidden["ring"] = ring.exchange(s, prompts, tokens, past, done.terms["attention"])
     _overheads(s, done.terms, total, model.layers * law.latency_s, eager=s.framework.eager_prefill)
     done.terms["host"] = s.factors.overhead * (s.framework.step_s + s.framework.sequence_s * prompts)
     bound = np.maximum(

@@ -82,6 +82,7 @@ def sweep(
     pp: int = 1,
     ep: int = 1,
     dp: int = 1,
+    cp: int = 1,
     mode: str = "wave",
     rate: float | None = None,
     framework: str | None = None,
@@ -112,7 +113,7 @@ def sweep(
             f"the share of a prompt in the prefix cache must be from 0 to below 1, got {cached_share:g}"
         )
     s = setup(model, hardware, find(framework, hardware, dtype or model.dtype, offline=mode == "static", family=model.family), dtype=dtype, kv_dtype=kv_dtype, tp=tp, pp=pp,
-              ep=ep, dp=dp, factors=calibration.factors_for(model, hardware) if calibration else None)  # fmt: skip
+              ep=ep, dp=dp, cp=cp, factors=calibration.factors_for(model, hardware) if calibration else None)  # fmt: skip
     s = replace(s, memory=room)
     if draft:
         s = with_draft(s, *draft)
@@ -152,6 +153,8 @@ def _columns(
     for metric in METRICS:
         value = np.where(fits, values[metric], np.nan) if metric != "mem_bytes" else values[metric]
         low, high = intervals.around(value, intervals.group(metric, mode, s, calibration), full)
+        if metric == "mem_bytes":
+            low, high = memory.interval(s, value, low, high)
         if metric == "output_tokens_per_s":
             high = np.minimum(high, np.maximum(bounds[metric], value))
         else:

@@ -2,8 +2,8 @@
 
 Columns of the table: model, gpu, n_gpus, tp, pp, ep, framework, weight_dtype, kv_dtype, kind (static | concurrency | a
 kind that begins with "offline": as many as the memory holds; with "burst": all sent at once), batch, isl, osl and any of
-ttft_ms, tpot_ms, e2e_s, out_tps, total_tps, mem_gb (GiB of all accelerators together, as nvidia-smi and torch count
-them).  A row that cannot be predicted has empty predictions and a `reason`.
+ttft_ms, tpot_ms, e2e_s, out_tps, total_tps, mem_gb (of all accelerators together; what a GB is there: `memory_units`).  A
+row that cannot be predicted has empty predictions and a `reason`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from harness.records import RidgelineError
-from harness.theory import catalogue, dtypes, load
+from harness.theory import catalogue, dtypes, load, memory
 from harness.theory import hardware as table_of_hardware
 from harness.theory.calibration import Calibration
+from harness.theory.frameworks import named
 from harness.theory.hardware import Hardware
 from harness.theory.shape import Model
 from harness.theory.sweep import Sweep, sweep
@@ -36,10 +37,11 @@ METRICS = {
     "e2e_s": ("e2e_s", 1.0),
     "out_tps": ("output_tokens_per_s", 1.0),
     "total_tps": ("output_tokens_per_s", 1.0),
-    "mem_gb": ("mem_bytes", 2.0**30),
+    "mem_gb": ("mem_bytes", 1.0),  # in what `memory_units` finds
 }
 PROMPTS = 1000.0  # most in all that a benchmark is taken to send where it does not tell: vllm bench serve's default
 MOST = 1e8  # of anything counted
+GIB, GB = 2.0**30, 1e9
 NO_LENGTH = 128.0  # input tokens where a table does not tell: only what hardly depends on them is predicted
 Server = tuple[Any, ...]
 SERVER = ("model", "gpu", "framework", "weight_dtype", "kv_dtype", "n_gpus", "tp", "pp", "ep")
@@ -116,6 +118,34 @@ def servers(frame: pd.DataFrame) -> Iterator[tuple[dict[Hashable, Any], pd.DataF
 Calibrate = Callable[[dict[Hashable, Any]], Calibration | None]
 
 
+def memory_units(frame: pd.DataFrame) -> pd.Series[float]:
+    """Bytes of a GB of mem_gb for each row: 2**30 as nvidia-smi, vLLM, LMDeploy, llama.cpp and AutoAWQ count, 1e9 as other
+    scripts around torch do mostly (optimum-benchmark, gpt-fast).
+
+    Some rows tell: those that with 1e9 show less than the bytes of a model's 16-bit weights alone, and those that with 2**30
+    show more than the accelerators have.  Their source (columns dataset or source_repo; without one, the framework) counts
+    as they do, unless they are of two minds.
+    """
+    names = frame.framework.map(named)
+    units = pd.Series(np.where(names.isin(memory.TORCH_COUNTED) & names.ne("autoawq"), GB, GIB), frame.index)
+    source = next((c for c in ("dataset", "source_repo") if c in frame), "framework")
+    told: dict[object, set[float]] = {}
+    for common, rows in servers(frame[frame.mem_gb.gt(0)]):
+        try:
+            case = case_of(common)
+        except RidgelineError:
+            continue  # said when it is predicted
+        whole = case.hardware.mem_bytes * case.tp * case.pp * case.dp * case.replicas * memory.GIB_PER_GB
+        least = case.model.weight_bytes(case.dtype) if (case.dtype or case.model.dtype) in dtypes.WHOLE else 0.0
+        for key, value in zip(rows[source], rows.mem_gb, strict=True):
+            if value * GB < least <= value * GIB and case.replicas == 1:
+                told.setdefault(key, set()).add(GIB)
+            elif value * GB <= whole < value * GIB:
+                told.setdefault(key, set()).add(GB)
+    decided = frame[source].map({key: next(iter(said)) for key, said in told.items() if len(said) == 1})
+    return decided.fillna(units).astype(float)
+
+
 def predictions(frame: pd.DataFrame, calibrate: Calibrate | None = None) -> pd.DataFrame:
     """The rows with pred_*, pred_*_low, pred_*_high, bound_* of each metric and `reason`; the order stays.
 
@@ -125,10 +155,13 @@ def predictions(frame: pd.DataFrame, calibrate: Calibrate | None = None) -> pd.D
              (("pred_", ""), ("pred_", "_low"), ("pred_", "_high"), ("bound_", ""))]  # fmt: skip
     out = frame.join(pd.DataFrame(np.nan, index=frame.index, columns=names))
     out["reason"] = ""
+    units = memory_units(frame)
     for common, rows in servers(frame):
         try:
             case = case_of(common)
             _fill(out, case, common["kind"], rows, calibrate(common) if calibrate else None)
+            memory_columns = [c for c in names if c.endswith(("mem_gb", "mem_gb_low", "mem_gb_high"))]
+            out.loc[rows.index, memory_columns] = out.loc[rows.index, memory_columns].div(units[rows.index], axis=0)
         except RidgelineError as problem:
             out.loc[rows.index, "reason"] = str(problem)
     return out
@@ -155,9 +188,10 @@ def _fill(out: pd.DataFrame, case: Case, kind: str, rows: pd.DataFrame, calibrat
             "mem_gb": case.replicas,
         }.get(column, 1)
         needs_length = column in ("ttft_ms", "e2e_s", "total_tps")
+        value = got.value - memory.uncounted_bytes(found.setup) if column == "mem_gb" else got.value
         shown = rows.isl.notna().to_numpy() if needs_length else np.ones(len(rows), bool)
         for name, values in (
-            (f"pred_{column}", got.value),
+            (f"pred_{column}", value),
             (f"pred_{column}_low", got.low),
             (f"pred_{column}_high", got.high),
             (f"bound_{column}", got.bound),
