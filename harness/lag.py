@@ -76,12 +76,14 @@ class Lag:
             self.fd = -1
 
     def as_dict(self) -> dict[str, Any]:
-        """`held` are [when, how late] of the longest waits; no other was longer than `held_least_s`."""
+        """`held` are [when, how late] of the longest waits; no other was longer than `held_least_s`, and those were late by
+        `usual_s` on average."""
         return {
             "lag_p99_s": _quantile(self.bins, 0.99),
             "lag_max_s": self.max_s if self.bins else None,
             "held": [[round(at_s, 6), round(late_s, 6)] for at_s, late_s in sorted(self.held)],
             "held_least_s": self.least_s,
+            "usual_s": _mean_below(self.bins, self.least_s),
         }
 
 
@@ -94,6 +96,12 @@ def _timer(first_s: float) -> int:
         if fd >= 0 and not libc.timerfd_settime(fd, TFD_TIMER_ABSTIME, ctypes.byref(times), None):
             return fd
     return -1
+
+
+def _mean_below(bins: Mapping[int, int], most_s: float) -> float | None:
+    usual = {k: n for k, n in bins.items() if k * BIN_S <= most_s}
+    n = sum(usual.values())
+    return sum((k + 0.5) * BIN_S * n for k, n in usual.items()) / n if n else None
 
 
 def _quantile(bins: Mapping[int, int], q: float) -> float | None:

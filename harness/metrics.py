@@ -199,15 +199,19 @@ def tokens_inside(t: Table, windows: Windows | Floats) -> dict[str, float]:
     return {"output_tokens": tokens, "input_tokens": inputs, "requests": float((last >= 0).sum())}
 
 
-def held_up_s(stamps_s: Floats, held: Sequence[Sequence[float]], least_s: float) -> Floats:
-    """How late each stamp may be at most: [n] s.  What was read as long before or after a late tick as that was late may
-    have waited with it; everything else waited `least_s` or less."""
+def held_up_s(stamps_s: Floats, held: Sequence[Sequence[float]], usual_s: float) -> Floats:
+    """How late each stamp may be: [n] s, from ticks [when read, how late] of the same loop.
+
+    A tick that was due at t and read at t + late: what was read at t + x before it waited x at most, as it came after the
+    tick was due or it would have been read first; what was read after it waited less and less, as what had piled up was worked off.
+    Everything else waited `usual_s`.
+    """
     order = np.argsort(stamps_s)
-    ranked, found = stamps_s[order], np.full(len(stamps_s), least_s)
+    ranked, found = stamps_s[order], np.full(len(stamps_s), usual_s)
     for at_s, late_s in held:
         low, high = np.searchsorted(ranked, [at_s - late_s, at_s + late_s])
         if low < high:
-            found[low:high] = np.maximum(found[low:high], late_s)
+            found[low:high] = np.maximum(found[low:high], late_s - np.abs(ranked[low:high] - at_s))
     back = np.empty_like(found)
     back[order] = found
     return back

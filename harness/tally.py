@@ -193,8 +193,8 @@ class Tally:
 
     def _add_trial(self, trial: Trial, t: Table) -> None:
         trial.inside.update(metrics.tokens_inside(t, trial.settle(self.slots)))
-        if (felt := self.felt.get(int(t.trial[0]), {})).get("held_least_s") is not None:
-            self.held_up.add(metrics.held_up_s(t.first_token_s, felt["held"], felt["held_least_s"]))
+        if (felt := self.felt.get(int(t.trial[0]), {})).get("usual_s") is not None:
+            self.held_up.add(metrics.held_up_s(t.first_token_s, felt["held"], felt["usual_s"]))
         one_each = metrics.one_token_each(t)
         if self.one_each and not one_each:
             self.spreads["chunk_gap"], self.one_each = self.spreads["itl"].copy(), False
