@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from harness import lag
-from harness.lag import HELD_KEPT, HELD_S, Lag
+from harness.lag import HELD_KEPT, HELD_S, PERIOD_S, Lag
 from harness.metrics import held_up_s
 
 
@@ -33,11 +33,13 @@ def noticed(stops_s: list[float], apart_s: float = 0.05, exact: bool = True) -> 
 @pytest.mark.skipif(lag._timer(time.perf_counter() + 1) < 0, reason="a system without timerfd")
 def test_a_loop_that_stood_still_was_late_by_as_much() -> None:
     said = noticed([0.030, 0.080])
-    longest = sorted(late_s for _, late_s in said["held"])[-2:]
-    assert 0.078 <= longest[1] <= said["lag_max_s"] + 1e-6 and longest[0] >= 0.028
+    shorter_s, longer_s = sorted(late_s for _, late_s in said["held"])[
+        -2:
+    ]  # a tick falls due within PERIOD_S of a stop's begin
+    assert 0.080 - PERIOD_S <= longer_s <= said["lag_max_s"] + 1e-6 and shorter_s >= 0.030 - PERIOD_S
     # a third of all moments lay in one stop or the other, so the last hundredth in the longer one
     assert 0.030 < said["lag_p99_s"] <= said["lag_max_s"] + lag.BIN_S
-    assert all(late_s > HELD_S for _, late_s in said["held"]) and said["held_least_s"] == HELD_S
+    assert all(late_s >= HELD_S for _, late_s in said["held"]) and said["held_least_s"] == HELD_S
 
 
 def test_the_longest_waits_are_kept_and_no_other_was_longer_than_is_said() -> None:
