@@ -42,6 +42,7 @@ class Lag:
         self.max_s = NAN
         self.held: list[tuple[float, float]] = []  # (when the tick was read, how late)
         self.least_s = HELD_S  # shorter ones are not kept
+        self.released_s = 0.0  # until then a wave was sent, and no token of another could come
         self.due_s = time.perf_counter() + PERIOD_S
         self.fd = _timer(self.due_s)
         if self.fd >= 0:
@@ -55,11 +56,15 @@ class Lag:
             return
         self.note(now_s, now_s - self.due_s)
         for k in range(1, times, 1 + times // MISSED_KEPT):
-            self.bins[int((now_s - self.due_s - k * PERIOD_S) / BIN_S)] += 1
+            self._count(now_s, now_s - self.due_s - k * PERIOD_S)
         self.due_s += times * PERIOD_S
 
+    def _count(self, now_s: float, late_s: float) -> None:
+        if now_s - late_s > self.released_s:
+            self.bins[int(late_s / BIN_S)] += 1
+
     def note(self, now_s: float, late_s: float) -> None:
-        self.bins[int(late_s / BIN_S)] += 1
+        self._count(now_s, late_s)
         if late_s > self.least_s:
             self.held.append((now_s, late_s))
             if len(self.held) > HELD_KEPT:

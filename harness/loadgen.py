@@ -93,6 +93,7 @@ class Player:
         self.start_s = 0.0
         self.until_s = float("inf")
         self.stopping = False
+        self.lag: Lag | None = None
         self.refused_s = NAN  # since when no connection opens
         self.gone = 0.0  # for how long none did, when that ended the play
         self.refill: Callable[[], bool] = lambda: False
@@ -173,6 +174,7 @@ class Player:
             self.start_s = self.senses.started_s = clock()
             self.until_s = self.start_s + until_s
             cpu_s, watch, lag = _cpu_s(), Watch(), Lag()
+            self.lag = lag
             sweeper = asyncio.ensure_future(self._sweep(watch, lag))
             try:
                 self.pump()
@@ -269,6 +271,8 @@ class Player:
         self.busy[wire] = exchange
         self.senses.max_in_flight = max(self.senses.max_in_flight, len(self.busy))
         wire.send(exchange)
+        if self.barrier and self.lag:
+            self.lag.released_s = exchange.sent_s
 
     async def _send_on_new(self, exchange: Exchange) -> None:
         try:

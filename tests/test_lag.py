@@ -76,3 +76,18 @@ def test_nan_stamps_are_left_alone() -> None:
 def test_a_loop_with_little_to_do_is_usually_late_by_a_wake_up() -> None:
     said = noticed([0.0, 0.0, 0.020])
     assert 0 < said["usual_s"] <= said["held_least_s"]
+
+
+def test_what_the_sending_of_a_wave_holds_up_is_no_tokens_wait_but_may_be_a_first_ones() -> None:
+    async def play() -> dict[str, Any]:
+        sense = Lag()
+        sense.stop()
+        sense.released_s = 1.0
+        sense.note(1.005, 0.008)  # due before the release was over
+        for i in range(2, 200):
+            sense.note(float(i), 0.0005)
+        return sense.as_dict()
+
+    said = asyncio.run(play())
+    assert said["lag_p99_s"] < 0.001 and said["lag_max_s"] == 0.008
+    assert said["held"][0] == [1.005, 0.008]
