@@ -27,6 +27,7 @@ def test_cpu_and_memory_are_those_of_all_processes(tmp_path: Path) -> None:
     assert used.peak_bytes > 80e6
 
 
+@pytest.mark.full
 def test_a_client_that_does_not_end_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
     began_s = time.monotonic()
     sleeper = f"import time; open({str(tmp_path / 'alive')!r}, 'w').close(); time.sleep(1.5); open({str(tmp_path / 'late')!r}, 'w')"

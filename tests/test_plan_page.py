@@ -291,6 +291,7 @@ def test_the_first_screen_answers(show: Any, scheme: str) -> None:
     assert scroll.evaluate("box => box.scrollWidth <= box.clientWidth"), "the first table is cut"
 
 
+@pytest.mark.full
 @pytest.mark.browser
 def test_a_phone_scrolls_no_page_sideways_and_all_is_drawn(show: Any) -> None:
     parts = [

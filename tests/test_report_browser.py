@@ -92,7 +92,7 @@ def test_all_charts_are_drawn_in_silence(show: Any, scheme: str) -> None:
 
 @pytest.mark.parametrize(
     "runs",
-    [[samples.whole()], [samples.sample(), samples.batches(12)], pytest.param([samples.open_loop()], marks=pytest.mark.full),
+    [[samples.whole()], pytest.param([samples.sample(), samples.batches(12)], marks=pytest.mark.full), pytest.param([samples.open_loop()], marks=pytest.mark.full),
      pytest.param([samples.empty()], marks=pytest.mark.full), [samples.hostile()]],
     ids=["sample", "two runs", "open loop", "empty", "hostile"],
 )  # fmt: skip
@@ -119,6 +119,7 @@ def test_each_text_of_the_corpus_in_each_field_executes_nothing(show: Any) -> No
     inert(show([samples.corpus(first, samples.whole()) for first in range(len(samples.CORPUS))], bypass_csp=True))
 
 
+@pytest.mark.full
 def test_a_corpus_of_texts_executes_nothing(show: Any) -> None:
     inert(show([samples.corpus(0, samples.whole())], bypass_csp=True))
 
@@ -180,6 +181,7 @@ def test_a_tooltip_tells_the_point(show: Any) -> None:
         assert part in told
 
 
+@pytest.mark.full
 def test_the_toggle_changes_page_and_charts(show: Any) -> None:
     opened = show([samples.sample()], color_scheme="light")
     opened.drawn()
@@ -279,6 +281,7 @@ def test_axe_finds_no_serious_violation(show: Any, runs: list[RunView], scheme: 
     assert not grave, [(v["id"], v["help"], [node["html"][:200] for node in v["nodes"][:3]]) for v in grave]
 
 
+@pytest.mark.full
 def test_every_part_is_reached_by_keyboard_and_shows_it(show: Any) -> None:
     opened = show([samples.whole(), samples.batches(3)])
     opened.drawn()

@@ -35,7 +35,7 @@ def codes(point: dict[str, Any]) -> dict[str, str]:
     return {finding["code"]: finding["severity"] for finding in point["findings"]}
 
 
-@pytest.mark.parametrize("usage", ["end", "continuous"])
+@pytest.mark.parametrize("usage", [pytest.param("end", marks=pytest.mark.full), "continuous"])
 def test_four_tokens_an_event_are_counted_as_four(usage: str, measured: Callable[..., Any]) -> None:
     point, t = measured(f"--tokens-per-event 4 --usage {usage}")
     assert (point["errors"], point["output_tokens"], point["input_tokens"], point["token_source"]) == (
@@ -75,7 +75,7 @@ def test_without_usage_bundled_tokens_show_as_a_wrong_length(measured: Callable[
     assert {"V005": "suspect", "V006": "suspect"}.items() <= codes(point).items()
 
 
-@pytest.mark.parametrize("role", ["first", "early"])
+@pytest.mark.parametrize("role", ["first", pytest.param("early", marks=pytest.mark.full)])
 def test_a_role_chunk_is_no_token_whenever_it_comes(role: str, measured: Callable[..., Any]) -> None:
     point, t = measured(f"--role-chunk {role}", "--api chat")
     assert (point["errors"], point["output_tokens"]) == (0, TOKENS)

@@ -293,6 +293,7 @@ def test_noise_of_equal_runs_is_stored_and_used(simulated: Callable[..., str], r
     assert again.returncode == 2 and "give 3 of the same" in again.stderr
 
 
+@pytest.mark.full
 def test_a_server_that_fails_does_not_end_a_matrix(
     simulated: Callable[..., str], ridgeline: Run, tmp_path: Path
 ) -> None:
