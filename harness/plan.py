@@ -169,7 +169,8 @@ def due_s(workload: Workload, point: Point, trial: int, n: int) -> Floats | None
     rng = np.random.default_rng([workload.seed, point.index, trial])
     if point.stretches:
         return rescaled(ARRIVALS[workload.arrivals](rng, 1.0, n, workload.burstiness), point.stretches)
-    return ARRIVALS[workload.arrivals](rng, point.rate, n, workload.burstiness)
+    # A search takes its intervals from how parts of a run differ: as much as they would of independent arrivals.
+    return ARRIVALS[workload.arrivals](rng, point.rate, n, workload.burstiness, point.play is not None)
 
 
 def trial_requests(workload: Workload, point: Point, trial: int, prompts: tokens.Prompts,
