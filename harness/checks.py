@@ -79,11 +79,13 @@ def _within(limit: tuple[float, float], figure_s: float) -> float:
 
 
 def client_cpu(e: Evidence) -> Finding | None:
-    """A core that runs the loop, or keeps it waiting, all the time has nothing left to be on time with."""
+    """A core that runs the loop, or keeps it waiting, all the time has nothing left to be on time with; nor has one that
+    does so most of the time and comes late."""
     share = e.worst("cpu_share")
     taken = max((s["cpu_share"] + (s.get("wait_share") or 0) for s in e.senses if s.get("cpu_share") is not None),
                 default=share)  # fmt: skip
-    severity = "invalid" if taken > CPU_INVALID else _graded(share, CPU_SUSPECT, CPU_INVALID)
+    behind = share > CPU_SUSPECT and e.worst("lag_p99_s") > LATE_S  # busy bursts queue up before the mean is full
+    severity = "invalid" if taken > CPU_INVALID or behind else _graded(share, CPU_SUSPECT, CPU_INVALID)
     if not severity:
         return None
     waited = f" and waited for it {units.percent(taken - share, 3)} of the time" if taken - share > 0.05 else ""

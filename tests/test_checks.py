@@ -60,6 +60,7 @@ SPEAK: list[tuple[str, str, str, dict[str, Any]]] = [
     ("V001", "invalid", "a lag of 60 ms", {"lag_p99_s": 0.060}),
     ("V002", "suspect", "85 % of a core", {"cpu_share": 0.85}),
     ("V002", "invalid", "96 % of a core", {"cpu_share": 0.96}),
+    ("V002", "invalid", "85 % of a core, and reads late", {"cpu_share": 0.85, "lag_p99_s": 0.006}),
     ("V002", "invalid", "a core that runs the loop or keeps it waiting, all the time", {"cpu_share": 0.6, "wait_share": 0.38}),
     ("V003", "suspect", "some failed", {"records": table([
         *(Record(i, 0, 0, 0, False, 0.0, 0.0, output_tokens=20, input_tokens=350, chunk_s=np.ones(2, np.float32),
