@@ -1,28 +1,36 @@
-"""When requests are due.  Each pattern: (rng, rate per second, n, burstiness, independent) -> n sorted offsets in seconds."""
+"""When requests are due."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from harness import units
 from harness.records import Floats, RidgelineError
 
+Pattern = Literal["constant", "poisson", "gamma"]
 Stretch = tuple[float, float, float]  # seconds, rate at its start, rate at its end; linear between
 DRAWN, DRAWN_IN_ALL = 64, 2**21  # from so many draws for each gap, and no more than this, the gaps are chosen
 
 
-def _sums(
-    rng: np.random.Generator, draw: Callable[[int], Floats], rate: float, n: int, independent: bool = False
+def offsets_s(
+    pattern: Pattern, rng: np.random.Generator, rate: float, n: int, burstiness: float, independent: bool = False
 ) -> Floats:
-    """Sums of `n` gaps that `draw` gives: one from each n-th of their distribution, in random order, n/rate in all.
+    """`n` sorted offsets in seconds, `rate` a second.  Gaps are all 1/rate (constant), exponential (poisson: coefficient of
+    variation 1), or gamma of shape `burstiness` (below 1 burstier than Poisson: 1/sqrt(shape); as in vllm bench serve).
 
-    So that a run of a few hundred requests has the rate and the variation of its name: as many draws by themselves would
-    miss the rate by 1/sqrt(n), bursty ones by more (stratified sampling; W. G. Cochran, Sampling Techniques, 5).
-    `independent` gaps only add up to n/rate.
+    Drawn gaps are one from each n-th of their distribution, in random order, n/rate in all, so that a run of a few hundred
+    requests has the rate and the variation of its name: as many draws by themselves would miss the rate by 1/sqrt(n), bursty
+    ones by more (stratified sampling; W. G. Cochran, Sampling Techniques, 5).  `independent` ones only add up to n/rate.
     """
+    if pattern == "constant":
+        return np.arange(n) / rate
+
+    def draw(size: int) -> Floats:
+        return rng.standard_exponential(size) if pattern == "poisson" else rng.standard_gamma(burstiness, size)
+
     if independent:
         gaps = draw(n)
     else:
@@ -32,31 +40,6 @@ def _sums(
         gaps[-1] = np.sqrt(np.mean(ranked[-1] ** 2))  # the longest part is wide: any one of it would move the variation
         gaps = rng.permutation(gaps)
     return np.asarray(np.cumsum(gaps) * n / (rate * gaps.sum()))
-
-
-def constant(rng: np.random.Generator, rate: float, n: int, burstiness: float, independent: bool = False) -> Floats:
-    """One each 1/rate seconds."""
-    return np.arange(n) / rate
-
-
-def poisson(rng: np.random.Generator, rate: float, n: int, burstiness: float, independent: bool = False) -> Floats:
-    """Exponential gaps: the coefficient of variation is 1."""
-    return _sums(rng, rng.standard_exponential, rate, n, independent)
-
-
-def gamma(rng: np.random.Generator, rate: float, n: int, burstiness: float, independent: bool = False) -> Floats:
-    """Gamma gaps of shape `burstiness` (below 1 burstier than Poisson, 1 is Poisson): the variation is 1/sqrt(shape).
-
-    The parameter means what it means in vllm bench serve (--burstiness).
-    """
-    return _sums(rng, lambda size: rng.standard_gamma(burstiness, size), rate, n, independent)
-
-
-ARRIVALS: dict[str, Callable[..., Floats]] = {
-    "constant": constant,
-    "poisson": poisson,
-    "gamma": gamma,
-}
 
 
 def expected(stretches: Sequence[Stretch]) -> float:

@@ -346,7 +346,7 @@ def decide(points: Sequence[Measured], goal: Goal) -> Next | str:
         return Next(_inside(sound(points), at, goal), True) if len(points) < goal.max_points else "points"
     if len(points) >= goal.max_points:
         return "points"
-    return Next(_fewer(points, missed, goal), False) if math.isnan(met) else Next(_more(drawn, met, goal), False)
+    return Next(_fewer(points, goal), False) if math.isnan(met) else Next(_more(drawn, met, goal), False)
 
 
 def _narrow(at: Edge, points: Sequence[Measured], goal: Goal) -> bool:
@@ -365,15 +365,14 @@ def _alone(points: Sequence[Measured], goal: Goal) -> bool:
     return least.load <= 1 if goal.whole else not least.saturated and least.load * least.e2e_s < ALONE
 
 
-def _fewer(points: Sequence[Measured], missed: float, goal: Goal) -> float:
+def _fewer(points: Sequence[Measured], goal: Goal) -> float:
     """Below the lowest load, which missed the objective."""
     least = min((p for p in points if p.usable), key=lambda p: p.load)
     if goal.whole:
         return max(1.0, math.floor(least.load / JUMP[goal.mode]))
     if least.saturated:
-        return (
-            min(0.7 * least.served_per_s, least.load / 1.5) if least.served_per_s > 0 else least.load / JUMP[goal.mode]
-        )
+        known = least.served_per_s > 0
+        return min(0.7 * least.served_per_s, least.load / 1.5) if known else least.load / JUMP[goal.mode]
     return max(least.load / JUMP[goal.mode], ALONE / 2 / least.e2e_s)
 
 

@@ -34,8 +34,7 @@ from harness.records import RidgelineError
 from harness.scenario import Scenario
 from harness.slo import parse as parse_slo
 
-HOME = Path(".ridgeline")
-BASELINES, NOISE = HOME / "baselines", HOME / "noise"
+NOISE = Path(".ridgeline/noise")
 LEAST_RUNS = 3
 LOOKS = 3  # with trials added by the command itself: the first and two top-ups
 
@@ -302,9 +301,8 @@ def _noise_row(runs: Sequence[Sequence[float]], name: str, family: int, reckoned
         return row
     up, rule = baseline.higher_is_better(name), Rule()
     margin = max(baseline.margin_of(name), gate.least_margin(level, trials, family, rule, up))
-    wary = gate.Noise(gate.upper_sd(level.trial_sd, level.trial_df), level.trial_df,
-                      gate.upper_sd(level.run_sd, level.run_df), level.run_df)  # fmt: skip
-    return row | {"margin": margin, "detectable": gate.detectable(wary, (trials, trials), margin, family, rule, up)}
+    least = gate.detectable(gate.upper(level), (trials, trials), margin, family, rule, up)
+    return row | {"margin": margin, "detectable": least}
 
 
 def _noise_text(level: Mapping[str, Any], names: Sequence[str], file: Path) -> str:

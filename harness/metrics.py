@@ -18,8 +18,6 @@ from harness import stats
 from harness.records import NAN, Floats, Ints, Table
 from harness.stats import Spread
 
-Mask = npt.NDArray[np.bool_]
-
 
 @dataclass(frozen=True, slots=True)
 class Metric:

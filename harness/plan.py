@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from harness import lengths, tokens, trace
-from harness.arrivals import ARRIVALS, Stretch, expected, rescaled
+from harness.arrivals import Stretch, expected, offsets_s, rescaled
 from harness.lengths import Asks
 from harness.records import NAN, Floats, Ints, Play, Request
 from harness.scenario import Workload
@@ -168,9 +168,9 @@ def due_s(workload: Workload, point: Point, trial: int, n: int) -> Floats | None
         return None
     rng = np.random.default_rng([workload.seed, point.index, trial])
     if point.stretches:
-        return rescaled(ARRIVALS[workload.arrivals](rng, 1.0, n, workload.burstiness), point.stretches)
+        return rescaled(offsets_s(workload.arrivals, rng, 1.0, n, workload.burstiness), point.stretches)
     # A search takes its intervals from how parts of a run differ: as much as they would of independent arrivals.
-    return ARRIVALS[workload.arrivals](rng, point.rate, n, workload.burstiness, point.play is not None)
+    return offsets_s(workload.arrivals, rng, point.rate, n, workload.burstiness, point.play is not None)
 
 
 def trial_requests(workload: Workload, point: Point, trial: int, prompts: tokens.Prompts,

@@ -222,7 +222,7 @@ def _doubt(spread: float) -> str:
     return f"up to {units.ratio(1 + most, 2)} either way" if most < 9 else "more than 10× either way"
 
 
-def command_of(found: Plan, told: Advice) -> str:
+def command_of(told: Advice) -> str:
     """How to make that measurement and use it."""
     way, asked = told.way, told.point
     return (

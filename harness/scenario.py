@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from harness import units, yaml_lines
-from harness.arrivals import ARRIVALS
+from harness.arrivals import Pattern
 from harness.endings import is_secret
 from harness.places import TAGS, Places, explain
 from harness.records import RidgelineError
@@ -209,7 +209,7 @@ class Workload(Part):
     input_length, output_tokens or output_length; prompt, session and turn if it has them.  Its first ones are the warm-up."""
     trace_speed: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     """2: the trace in half its time."""
-    arrivals: Literal["constant", "poisson", "gamma"] = "poisson"
+    arrivals: Pattern = "poisson"
     """How the requests of an open loop are spaced."""
     burstiness: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)] = 1.0
     """Shape of gamma arrivals: below 1 is burstier than Poisson."""
@@ -477,6 +477,3 @@ def dump(scenario: Scenario) -> str:
     """The scenario as YAML with all that was set, for the run folder."""
     values = scenario.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-assert set(Workload.model_fields["arrivals"].annotation.__args__) == set(ARRIVALS)  # type: ignore[union-attr]

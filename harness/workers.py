@@ -60,7 +60,6 @@ class Worker:
         self.player: Player | None = None
         self.recorder: Recorder | None = None
         self.point = self.trial = 0
-        self.prepared: tuple[list[Request], int, bool, float] | None = None
         self.ended = self.failed = 0
 
     async def open(self) -> None:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from harness import plan as planning
 from harness import prompts, scenario, sweep, tokens
-from harness.arrivals import ARRIVALS
+from harness.arrivals import Pattern, offsets_s
 from harness.lengths import Asks
 from harness.records import Request, RidgelineError
 
 
-@pytest.mark.parametrize("name", ARRIVALS)
+@pytest.mark.parametrize("name", get_args(Pattern))
 @pytest.mark.parametrize(("rate", "burstiness"), [(5.0, 1.0), (200.0, 0.5), (20.0, 4.0)])
-def test_arrivals_keep_their_name(name: str, rate: float, burstiness: float) -> None:
-    due = ARRIVALS[name](np.random.default_rng(3), rate, 40_000, burstiness)
+def test_arrivals_keep_their_name(name: Pattern, rate: float, burstiness: float) -> None:
+    due = offsets_s(name, np.random.default_rng(3), rate, 40_000, burstiness)
     gaps = np.diff(due)
     assert np.all(gaps >= 0)
     assert len(due) / due[-1] == pytest.approx(rate, rel=0.02)
@@ -31,19 +32,19 @@ def test_arrivals_keep_their_name(name: str, rate: float, burstiness: float) -> 
     ("name", "burstiness", "cv"), [("poisson", 1.0, 1.0), ("gamma", 0.25, 2.0), ("gamma", 4.0, 0.5)]
 )
 def test_a_short_run_keeps_the_name_too_and_its_gaps_come_in_no_order(
-    name: str, burstiness: float, cv: float, seed: int
+    name: Pattern, burstiness: float, cv: float, seed: int
 ) -> None:
     """400 independent gaps would miss the rate by 5 % and more; an order would show as correlation of neighbours."""
-    gaps = np.diff(ARRIVALS[name](np.random.default_rng(seed), 50.0, 400, burstiness), prepend=0.0)
+    gaps = np.diff(offsets_s(name, np.random.default_rng(seed), 50.0, 400, burstiness), prepend=0.0)
     assert np.mean(gaps) == pytest.approx(1 / 50, rel=1e-9)
     assert np.std(gaps) / np.mean(gaps) == pytest.approx(cv, rel=0.05)
     assert abs(np.corrcoef(gaps[:-1], gaps[1:])[0, 1]) < 4 / 400**0.5
 
 
 def test_all_of_many_arrivals_are_drawn_within_bounds() -> None:
-    due_s = ARRIVALS["gamma"](np.random.default_rng(0), 1.0, 3_000_000, 0.5)
+    due_s = offsets_s("gamma", np.random.default_rng(0), 1.0, 3_000_000, 0.5)
     assert len(due_s) == 3_000_000 and due_s[-1] == pytest.approx(3e6)
-    assert ARRIVALS["poisson"](np.random.default_rng(0), 2.0, 1, 1.0) == pytest.approx([0.5])
+    assert offsets_s("poisson", np.random.default_rng(0), 2.0, 1, 1.0) == pytest.approx([0.5])
 
 
 async def by_words(text: str) -> int:

@@ -8,13 +8,13 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from harness import archive, command, journal, lengths, plan, prompts, store, tokens, trace
-from harness.arrivals import ARRIVALS, expected, parse, rescaled
+from harness.arrivals import Pattern, expected, offsets_s, parse, rescaled
 from harness.lengths import Asks
 from harness.records import Record, Request, RidgelineError, Table, joined, table
 from harness.scenario import Workload
@@ -37,12 +37,12 @@ def cumulative(at_s: Any, stretches: list[tuple[float, float, float]]) -> Any:
 
 
 @pytest.mark.parametrize("stretches", [RAMP, STEPS], ids=["ramp", "steps"])
-@pytest.mark.parametrize("name", ARRIVALS)
+@pytest.mark.parametrize("name", get_args(Pattern))
 def test_arrivals_keep_their_name_under_a_rate_that_changes(
-    name: str, stretches: list[tuple[float, float, float]]
+    name: Pattern, stretches: list[tuple[float, float, float]]
 ) -> None:
     n = int(0.99 * expected(stretches))
-    due_s = rescaled(ARRIVALS[name](np.random.default_rng(5), 1.0, n, 0.5), stretches)
+    due_s = rescaled(offsets_s(name, np.random.default_rng(5), 1.0, n, 0.5), stretches)
     assert np.all(np.diff(due_s) >= 0)
     gaps = np.diff(cumulative(due_s, stretches))
     assert np.mean(gaps) == pytest.approx(1, rel=0.02)

@@ -21,15 +21,6 @@ LLAMA = catalogue.find("Llama-3.1-8B")
 H100, L40S = hardware.find("H100-SXM"), hardware.find("L40S")
 
 
-# Ring Attention, arXiv:2310.01889, table of minimal block sizes: (TFLOP/s, GB/s, thousands of tokens).
-@pytest.mark.parametrize(
-    ("flops", "link", "thousands"), [(312, 300, 1.0), (312, 12.5, 25.0), (275, 268, 1.0), (196, 186, 1.1)]
-)
-def test_the_least_block_is_that_of_the_paper(flops, link, thousands):
-    assert ring.least_block(flops * 1e12, link * 1e9) / 1e3 == pytest.approx(thousands, rel=0.06)
-    assert ring.least_block(flops * 1e12, link * 1e9, group=4) == ring.least_block(flops * 1e12, link * 1e9) / 4
-
-
 def swept(row, cp, tokens, **more):
     return sweep(LLAMA, row, batch=1, input_tokens=tokens, output_tokens=16, cp=cp, **more)
 

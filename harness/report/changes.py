@@ -188,8 +188,8 @@ def _unmatched(runs: Sequence[RunView], names: Sequence[str]) -> list[str]:
     return said
 
 
-def _listed(words: Sequence[str], most: int = 12) -> str:
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(words[:12]) + (f" and {len(words) - 12} more" if len(words) > 12 else "")
 
 
 def _told(value: Any) -> str:

@@ -132,7 +132,7 @@ def _block(metric: str, found: Sequence[Change], names: Sequence[str]) -> Block:
     counts = [(word, sum(c.word == word for c in found)) for word in WORDS]
     finding = ", ".join(f"{n} {word}" for word, n in counts if n) + f"; the band is ±{units.percent(found[0].margin)}."
     chart = f"chart-change-{metric}"
-    return Block(chart, METRICS[metric], finding, _READ, _table(metric, found, names), _forest(metric, found, names),
+    return Block(chart, METRICS[metric], finding, _READ, _table(metric, found, names), _forest(found, names),
                  missing="Nothing to draw: no change is known.")  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def _table(metric: str, found: Sequence[Change], names: Sequence[str]) -> Table:
     return Table(f"table-change-{metric}", f"{METRICS[metric]}: change from the first run", [head], body)
 
 
-def _forest(metric: str, found: Sequence[Change], names: Sequence[str]) -> charts.Figure | None:
+def _forest(found: Sequence[Change], names: Sequence[str]) -> charts.Figure | None:
     """Rows are points, marks runs; to the right is worse."""
     known = [c for c in found if math.isfinite(c.harm)]
     if not known:

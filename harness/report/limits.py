@@ -82,10 +82,10 @@ def _stack(runs: Sequence[RunView], key: str, chart: str, title: str) -> Block |
     if not rows:
         return None
     figure_ = _stacked(rows, key)
-    return Block(chart, title, _sentence(rows, key, title), READ, _table(rows, key, chart, title), figure_)
+    return Block(chart, title, _sentence(rows, key), READ, _table(rows, key, chart, title), figure_)
 
 
-def _sentence(rows: Sequence[Row], key: str, title: str) -> str:
+def _sentence(rows: Sequence[Row], key: str) -> str:
     """Of the point with most output: its largest part, and the rest."""
     name, _, point = max(rows, key=lambda row: view.num(row[2], "output_tokens_per_s") if row[2] else NAN)
     was, parts = view.measured(point, key).value, terms(point, key)

@@ -60,7 +60,7 @@ def render(found: Plan, told: Advice | None, command: str) -> str:
 def _sections(found: Plan, told: Advice | None, command: str) -> list[tuple[str, str, str, Any]]:
     way = found.choice
     measure = {"lead": planning_text.measure(found, told), "tables": [], "points": [],
-               "command": planning_text.command_of(found, told) if told else ""}  # fmt: skip
+               "command": planning_text.command_of(told) if told else ""}  # fmt: skip
     return [
         ("verdict", "Verdict", "plan", _verdict(found, told)),
         ("limit", "What limits it", "parts", _limit(found, way)),

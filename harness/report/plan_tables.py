@@ -19,7 +19,7 @@ COST = {"T4": "–", "A10": "~2×", "A100-SXM-80GB": "~10×"}
 UTILISATION = (0.25, 0.5, 0.75, 1.0)
 
 
-def _state(found: Plan, way: Way) -> Cell:
+def _state(way: Way) -> Cell:
     style = {"meets": "valid", "may meet": "suspect"}.get(way.state, "invalid")
     glyph = {"valid": "✓", "suspect": "▲", "invalid": "✕"}[style]
     return Cell(f"{glyph} {way.state}", style=style)
@@ -53,7 +53,7 @@ def _row(found: Plan, way: Way, brief: bool) -> Row:
     bought = way is found.choice and found.verdict != "cannot tell"
     name += " ◀ buy" if brief and bought else ""
     weights = ", ".join(filter(None, (way.dtype, planning_text.split(way))))
-    row = [heading(name), Cell(weights), *([_alone(found, way)] if brief else [_state(found, way)])]
+    row = [heading(name), Cell(weights), *([_alone(found, way)] if brief else [_state(way)])]
     if way.times is None:
         return [*row, Cell(way.reason, style="wrap left", span=5 + len(found.objectives))]
     speed, works = way.tokens_per_s, way.works

@@ -243,10 +243,10 @@ def batch_of(point: Json) -> float:
     return ran if math.isfinite(ran) else num(point, "batch_size")
 
 
-def roof_at(plane: Json, batch: float, roof: str = "roof_tokens_per_s") -> float:
+def roof_at(plane: Json, batch: float) -> float:
     """The predicted roof at a batch, tokens/s: straight lines between the plane's points, on logarithmic axes.
     NaN outside of them."""
-    pairs = zip(numbers(plane, "batch"), numbers(plane, roof), strict=False)
+    pairs = zip(numbers(plane, "batch"), numbers(plane, "roof_tokens_per_s"), strict=False)
     known = sorted((b, r) for b, r in pairs if b > 0 and r > 0)
     for (b0, r0), (b1, r1) in pairwise(known):
         if b0 <= batch <= b1 and b1 > b0:

@@ -23,12 +23,6 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 
 
-def least_block(flops: float, link_bytes_per_s: float, group: float = 1.0) -> float:
-    """Tokens of a block from which passing keys and values on hides behind attention: FLOPS / bandwidth (section 3 of the
-    paper: 4·d·c² operations of a block against 4·c·d bytes in 16 bit, per head), by the query heads that share a KV head."""
-    return flops / link_bytes_per_s / group
-
-
 def check(s: Setup) -> None:
     """RidgelineError for a split that is not modelled or that the hardware cannot have."""
     if s.cp < 1 or (s.cp > 1 and (s.pp > 1 or s.dp > 1 or s.framework.layered)):
