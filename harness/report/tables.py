@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from harness import definitions, units
+from harness.records import NAN
 from harness.report import view
 from harness.report.view import SAMPLES_NEEDED, VERDICTS, Json, Key, RunView, Shown
 
@@ -45,9 +46,24 @@ def heading(text: str, small: str = "") -> Cell:
     return Cell(text, small, scope="row")
 
 
-def figure(text: str, small: str = "") -> Cell:
-    """A cell with a number; a missing one is greyed, not left empty."""
-    return Cell(text, small, "missing" if text == units.MISSING else "")
+def figure(text: str, small: str = "", missing: str = units.MISSING) -> Cell:
+    """A cell with a number; a missing one is greyed and says `missing`, not left empty."""
+    return Cell(missing, style="missing") if text == units.MISSING else Cell(text, small)
+
+
+def plain(text: str) -> Cell:
+    """A cell with a number that may well be missing: a dash."""
+    return Cell("–" if text == units.MISSING else text)
+
+
+def run_column(runs: Sequence[RunView]) -> Row:
+    """The heading of the column that tells several runs apart."""
+    return [column("Run")] if len(runs) > 1 else []
+
+
+def run_cell(name: str) -> Row:
+    """What stands in it; a single run has no name."""
+    return [heading(name)] if name else []
 
 
 def stamp(word: str) -> Cell:
@@ -65,66 +81,43 @@ def _span(estimate: view.Estimate, shown: Shown) -> str:
 
 def versus_table(runs: Sequence[RunView], shown: Shown) -> Table:
     """One row per point and run: what its chart shows, in figures."""
-    many, names = len(runs) > 1, view.labels(runs)
-    head = [column("Run")] if many else []
-    head += [
-        column(view.load_word(runs)),
-        column("Measured", small="mean, 95 % interval"),
-        column("Predicted", small="interval"),
-        column("Measured / predicted"),
-        column("Seed's arithmetic"),
-        column("Validity"),
-        column("Errors", style="wrap"),
-    ]
+    head = [*run_column(runs), column(view.load_word(runs)), column("Measured", small="mean, 95 % interval"),
+            column("Predicted", small="interval"), column("Measured / predicted"), column("Seed's arithmetic"),
+            column("Validity"), column("Errors", style="wrap")]  # fmt: skip
     body = []
-    for place, run in enumerate(runs):
-        for key, point in view.keyed(run).items():
-            was, theory = view.measured(point, shown.key), view.predicted(point, shown.key)
-            row = [heading(names[place])] if many else []
-            row += [
-                heading(view.key_label(key)),
-                figure(shown.show(was.value), _span(was, shown)),
-                Cell(shown.show(theory.value), _span(theory, shown)) if theory.known else Cell("none", style="missing"),
-                Cell(units.ratio(view.quotient(point, shown.key)) if theory.known and was.known else "–"),
-                Cell(shown.show(seed) if math.isfinite(seed := view.seed_value(point, shown.key)) else "–"),
-                stamp(view.verdict_of(point)),
-                Cell(view.failures(point) or "none", style="wrap"),
-            ]
-            body.append(row)
+    for _, name, key, point in view.rows(runs):
+        was, theory = view.measured(point, shown.key), view.predicted(point, shown.key)
+        body.append([
+            *run_cell(name), heading(view.key_label(key)), figure(shown.show(was.value), _span(was, shown)),
+            figure(shown.show(theory.value), _span(theory, shown), "none"),
+            Cell(units.ratio(view.quotient(point, shown.key)) if theory.known and was.known else "–"),
+            plain(shown.show(view.seed_value(point, shown.key))), stamp(view.verdict_of(point)),
+            Cell(view.failures(point) or "none", style="wrap"),
+        ])  # fmt: skip
     return Table(f"table-{shown.key}", f"{shown.name}: measured and predicted", [head], body)
 
 
 def plane_table(runs: Sequence[RunView]) -> Table:
     """Each measured point against the roof over it."""
-    many, names = len(runs) > 1, view.labels(runs)
-    head = [column("Run")] if many else []
-    head += [
-        column("Asked"),
-        column("Batch really ran", small="mean, largest"),
-        column("Measured"),
-        column("Roof at that batch"),
-        column("Share of the roof"),
-        column("Validity"),
-    ]
+    head = [*run_column(runs), column("Asked"), column("Batch really ran", small="mean, largest"), column("Measured"),
+            column("Roof at that batch"), column("Share of the roof"), column("Validity")]  # fmt: skip
     body = []
-    for place, run in enumerate(runs):
-        plane = view.child(run.summary, "plane")
-        for key, point in view.keyed(run).items():
-            ran, most = view.num(point, "batch_ran", "mean"), view.num(point, "batch_ran", "max")
-            roof, was = view.roof_at(plane, view.batch_of(point)), view.num(point, "output_tokens_per_s")
-            row = [heading(names[place])] if many else []
-            row += [
-                heading(view.key_label(key, full=True)),
-                Cell(units.number(ran), f"largest {units.count(most)}" if math.isfinite(most) else "")
-                if math.isfinite(ran)
-                else Cell("not known", style="missing"),
-                figure(units.rate(was, "tokens")),
-                Cell(units.rate(roof, "tokens")) if math.isfinite(roof) else Cell("none", style="missing"),
-                Cell(units.percent(was / roof, 3) if roof > 0 and math.isfinite(was) else "–"),
-                stamp(view.verdict_of(point)),
-            ]
-            body.append(row)
+    for k, name, key, point in view.rows(runs):
+        roof = view.roof_at(view.child(runs[k].summary, "plane"), view.batch_of(point))
+        was = view.num(point, "output_tokens_per_s")
+        body.append([
+            *run_cell(name), heading(view.key_label(key, full=True)), _ran(point), figure(units.rate(was, "tokens")),
+            figure(units.rate(roof, "tokens"), missing="none"), plain(units.percent(was / roof if roof > 0 else NAN, 3)),
+            stamp(view.verdict_of(point)),
+        ])  # fmt: skip
     return Table("table-plane", "Throughput at each batch size, and the roof over it", [head], body)
+
+
+def _ran(point: Json) -> Cell:
+    """The batch that the server really ran."""
+    most = view.num(point, "batch_ran", "max")
+    small = f"largest {units.count(most)}" if math.isfinite(most) else ""
+    return figure(units.number(view.num(point, "batch_ran", "mean")), small, "not known")
 
 
 # --- every figure -------------------------------------------------------------------------------------------------
@@ -150,17 +143,16 @@ def _told(point: Json, key: str, show: Callable[[float | None], str]) -> Cell:
     return figure(show(view.num(point, key)))
 
 
+def _mean(columns: list[Json], name: str, key: str, show: Callable[[float | None], str]) -> Row:
+    def cell(point: Json) -> Cell:
+        was = view.measured(point, key)
+        return figure(show(was.value), _interval(was, show))
+
+    return _across(name, columns, cell)
+
+
 def _time_rows(columns: list[Json], key: str, name: str) -> list[Row]:
-    rows = [_across(name, columns, None)]
-    rows.append(
-        _across(
-            "mean",
-            columns,
-            lambda p: figure(
-                units.seconds(view.measured(p, key).value), _interval(view.measured(p, key), units.seconds)
-            ),
-        )
-    )
+    rows = [_across(name, columns, None), _mean(columns, "mean", key, units.seconds)]
     rows += [_across(q, columns, partial(_percentile, key=key, name=q)) for q in ("p50", "p90", "p95", "p99")]
     rows.append(_across("samples (n)", columns, lambda p: figure(units.count(view.num(p, key, "n")))))
     return rows + _theory_rows(columns, key, units.seconds)
@@ -169,48 +161,31 @@ def _time_rows(columns: list[Json], key: str, name: str) -> list[Row]:
 def _theory_rows(columns: list[Json], key: str, show: Callable[[float | None], str]) -> list[Row]:
     if not any(view.predicted(p, key).known for p in columns):
         return []
-    return [
-        _across(
-            "predicted",
-            columns,
-            lambda p: (
-                Cell(show(view.predicted(p, key).value), _interval(view.predicted(p, key), show))
-                if view.predicted(p, key).known
-                else Cell("none", style="missing")
-            ),
-        ),
-        _across(
-            "measured / predicted",
-            columns,
-            lambda p: Cell(units.ratio(q) if math.isfinite(q := view.quotient(p, key)) else "–"),
-        ),
-    ]
+
+    def theory(point: Json) -> Cell:
+        found = view.predicted(point, key)
+        return figure(show(found.value), _interval(found, show), "none")
+
+    return [_across("predicted", columns, theory),
+            _across("measured / predicted", columns, lambda p: plain(units.ratio(view.quotient(p, key))))]  # fmt: skip
 
 
 def _rate_rows(columns: list[Json]) -> list[Row]:
-    def output(point: Json) -> Cell:
-        was = view.measured(point, "output_tokens_per_s")
-        return figure(units.number(was.value), _interval(was, units.number))
-
-    rows = [_across("Throughput, per second", columns, None), _across("output tokens", columns, output)]
+    rows = [_across("Throughput, per second", columns, None),
+            _mean(columns, "output tokens", "output_tokens_per_s", units.number)]  # fmt: skip
     rows += _theory_rows(columns, "output_tokens_per_s", units.number)
-    rows.append(_across("all tokens", columns, lambda p: figure(units.number(view.num(p, "total_tokens_per_s")))))
-    rows.append(_across("requests", columns, lambda p: figure(units.number(view.num(p, "requests_per_s")))))
+    for name, key in (("all tokens", "total_tokens_per_s"), ("requests", "requests_per_s")):
+        rows.append(_across(name, columns, partial(_told, key=key, show=units.number)))
     return rows
 
 
 def _load_rows(columns: list[Json]) -> list[Row]:
     def ran(point: Json) -> Cell:
-        mean, most = view.num(point, "batch_ran", "mean"), view.num(point, "batch_ran", "max")
-        if not math.isfinite(mean):
-            return Cell("not known", style="missing")
-        small = f"largest {units.count(most)}" if math.isfinite(most) else ""
-        return Cell(units.number(mean), small, title=view.text(point, "batch_ran", "source"))
+        return replace(_ran(point), title=view.text(point, "batch_ran", "source"))
 
     def failed(point: Json) -> Cell:
-        return Cell(
-            units.count(view.num(point, "errors")), view.failures(point), "failed" if view.failures(point) else ""
-        )
+        said = view.failures(point)
+        return Cell(units.count(view.num(point, "errors")), said, "failed" if said else "")
 
     rows = [_across("Load", columns, None), _across("batch really ran", columns, ran)]
     for name, key in (("trials", "trials"), ("requests", "requests")):
@@ -263,16 +238,8 @@ def definitions_tables(runs: Sequence[RunView]) -> list[Table]:
         said = run.summary.get("definitions") or {}
         for i, point in enumerate(said.get("points", [])):
             load = f"batch size {point['batch_size']}" if point["batch_size"] else f"{point['rate']:g} requests/s"
-            caption = " · ".join(
-                filter(
-                    None,
-                    [
-                        name if len(runs) > 1 else "",
-                        load,
-                        f"as {said['version']} {'said' if said.get('imported') else 'reckons'}",
-                    ],
-                )
-            )
+            verb = "said" if said.get("imported") else "reckons"
+            caption = " · ".join(filter(None, (name, load, f"as {said['version']} {verb}")))
             head = [[column(text) for text in ("Figure", "Ridgeline", said["definitions"], "difference")]]
             body = [[heading(row[0]), *(figure(text) for text in row[1:])] for row in definitions.rows(point)]
             source = (
@@ -290,9 +257,8 @@ def terms_table(run: RunView, shown: Shown, name: str) -> Table | None:
     if shown.higher_is_better:
         return None
     rows = [(key, point) for key, point in view.keyed(run).items() if view.predicted(point, shown.key).known]
-    names = list(dict.fromkeys(str(term) for _, p in rows for term in view.child(p, "predicted", shown.key, "terms")))[
-        :12
-    ]
+    named = (str(term) for _, p in rows for term in view.child(p, "predicted", shown.key, "terms"))
+    names = list(dict.fromkeys(named))[:12]
     if not rows or not names:
         return None
     head = [
@@ -307,20 +273,13 @@ def terms_table(run: RunView, shown: Shown, name: str) -> Table | None:
         entry, theory = view.child(point, "predicted", shown.key), view.predicted(point, shown.key)
         terms = [view.num(entry, "terms", term) for term in names]
         limit = view.text(entry, "limit") or view.text(point, "predicted", "limit")
-        body.append(
-            [
-                heading(view.key_label(key)),
-                *(
-                    Cell(shown.show(v), units.percent(v / theory.value, 2) if theory.value > 0 else "")
-                    if math.isfinite(v)
-                    else Cell("–")
-                    for v in terms
-                ),
-                Cell(shown.show(theory.value), _span(theory, shown)),
-                figure(shown.show(view.measured(point, shown.key).value)),
-                Cell(view.limit_word(limit) or "–", style="left"),
-            ]
-        )
+        shares = [units.percent(v / theory.value, 2) if theory.value > 0 else "" for v in terms]
+        body.append([
+            heading(view.key_label(key)),
+            *(Cell(shown.show(v), share) if math.isfinite(v) else Cell("–") for v, share in zip(terms, shares, strict=True)),
+            Cell(shown.show(theory.value), _span(theory, shown)), figure(shown.show(view.measured(point, shown.key).value)),
+            Cell(view.limit_word(limit) or "–", style="left"),
+        ])  # fmt: skip
     suffix = f", {name}" if name else ""
     return Table("", f"{shown.name}: the terms of its prediction{suffix}", [head], body)
 

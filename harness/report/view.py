@@ -179,6 +179,17 @@ def keyed(view: RunView) -> dict[Key, Json]:
     return dict(sorted(found.items()))
 
 
+def rows(runs: Sequence[RunView]) -> list[tuple[int, str, Key, Json]]:
+    """(place of the run, its name, key, point) of every point of every run."""
+    named = enumerate(zip(labels(runs), runs, strict=True))
+    return [(k, name, key, point) for k, (name, run) in named for key, point in keyed(run).items()]
+
+
+def joined(*parts: str) -> str:
+    """What is not empty of these, with commas between."""
+    return ", ".join(filter(None, parts))
+
+
 def all_keys(runs: Sequence[RunView]) -> list[Key]:
     return sorted({key for view in runs for key in keyed(view)})
 
