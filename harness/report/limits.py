@@ -49,16 +49,10 @@ def section(runs: Sequence[RunView]) -> Charts:
     )
 
 
-def _rows(runs: Sequence[RunView], key: str) -> list[Row]:
+def _rows(runs: Sequence[RunView], metric: str) -> list[Row]:
     """All points of one run, or the best point of each of several, that have a prediction."""
-    names, rows = view.labels(runs), []
-    for name, run in zip(names, runs, strict=True):
-        found = list(view.keyed(run).items())
-        if len(runs) > 1:
-            best = view.best(run, "output_tokens_per_s", highest=True)
-            found = [best] if best else []
-        rows += [(", ".join(filter(None, (name, view.marked(k, p, full=True)))), k, p) for k, p in found]
-    return [row for row in rows if view.predicted(row[2], key).known][:12]
+    rows = [(name, key, point) for _, name, key, point in view.chosen(runs)]
+    return [row for row in rows if view.predicted(row[2], metric).known][:12]
 
 
 def terms(point: Json, key: str) -> dict[str, float]:
@@ -146,31 +140,21 @@ def _part(name: str, names: list[str], values: list[float], factor: float, ink: 
 
 def _table(rows: Sequence[Row], key: str, chart: str, title: str) -> Table:
     groups = [name for name, _, _ in GROUPS if any(name in terms(point, key) for _, _, point in rows)]
-    head = [
-        column("Point"),
-        *(column(name) for name in groups),
-        column("Predicted"),
-        column("Measured"),
-        column(REST, small="share of measured"),
-    ]
+    head = [column("Point"), *(column(name) for name in groups), column("Predicted"), column("Measured"),
+            column(REST, small="share of measured")]  # fmt: skip
     body = []
     for name, _, point in rows:
-        parts, was, theory, left = (
-            terms(point, key),
-            view.measured(point, key),
-            view.predicted(point, key),
-            rest(point, key),
-        )
+        parts, left = terms(point, key), rest(point, key)
+        was, theory = view.measured(point, key), view.predicted(point, key)
         body.append([
             heading(name),
             *(Cell(units.seconds(parts[g], 3), units.percent(parts[g] / theory.value, 2)) if g in parts else Cell("–") for g in groups),
             Cell(units.seconds(theory.value), units.interval(theory.low, theory.high, units.seconds)),
             figure(units.seconds(was.value)),
-            Cell(units.seconds(left, 3), units.percent(left / was.value, 2)) if math.isfinite(left) else Cell("not measured", style="missing"),
+            figure(units.seconds(left, 3), units.percent(left / was.value, 2)),
         ])  # fmt: skip
-    return Table(
-        f"table-{chart.removeprefix('chart-')}", f"{title}: its terms and what they leave unexplained", [head], body
-    )
+    caption = f"{title}: its terms and what they leave unexplained"
+    return Table(f"table-{chart.removeprefix('chart-')}", caption, [head], body)
 
 
 # --- what would help ----------------------------------------------------------------------------------------------
@@ -235,11 +219,8 @@ def _other_hardware(run: RunView, best: tuple[Key, Json] | None) -> str:
     if priced and math.isfinite(now):
         cost, row = min(priced, key=lambda pair: (pair[0], view.text(pair[1], "name")))
         than = f"{units.usd(now * cost / per_h)} instead of {units.usd(now)} for a million output tokens"
-        word = (
-            "Cheapest other hardware"
-            if cost < per_h
-            else "No other hardware with a known price is cheaper a token; nearest"
-        )
+        none = "No other hardware with a known price is cheaper a token; nearest"
+        word = "Cheapest other hardware" if cost < per_h else none
         return f" {word}: {view.text(row, 'name')}, {units.ratio(view.num(row, 'times', 'output_tokens_per_s'))} the output, {than}."
     row = max(others, key=lambda row: (view.num(row, "times", "output_tokens_per_s"), view.text(row, "name")))
     return f" Quickest other hardware: {view.text(row, 'name')}, {units.ratio(view.num(row, 'times', 'output_tokens_per_s'))} the output."
@@ -291,10 +272,5 @@ def _lever_table(run: RunView, rows: Sequence[Json], base: int, id: str) -> Tabl
                      Cell(view.limit_word(view.text(row, "limit")), style="left"), Cell(view.text(row, "note"), style="left wrap")])  # fmt: skip
     found = view.best(run, "output_tokens_per_s", highest=True)
     at = f" at {view.marked(*found, full=True)}" if found else ""
-    return Table(
-        id,
-        f"The same point{at} predicted again with one thing changed",
-        [head],
-        body,
-        ["Times are multiples of the prediction as it is: 0.5× is half."],
-    )
+    return Table(id, f"The same point{at} predicted again with one thing changed", [head], body,
+                 ["Times are multiples of the prediction as it is: 0.5× is half."])  # fmt: skip

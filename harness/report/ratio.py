@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from harness import units
 from harness.report import charts, view
 from harness.report.section import Block
-from harness.report.tables import Cell, Table, column, heading, stamp
+from harness.report.tables import Cell, Table, column, figure, heading, stamp
 from harness.report.view import HEADLINES, Json, Key, RunView, Shown
 
 INKS = ("measured", "second", "third", "fourth")
@@ -24,8 +24,7 @@ Row = tuple[str, Key, Json]
 
 def block(runs: Sequence[RunView]) -> Block | None:
     """None where nothing is predicted."""
-    named = [(", ".join(filter(None, (name, view.marked(key, point)))), key, point)
-             for name, run in zip(view.labels(runs), runs, strict=True) for key, point in view.keyed(run).items()]  # fmt: skip
+    named = [(view.joined(name, view.marked(key, point)), key, point) for _, name, key, point in view.rows(runs)]
     rows = [row for row in named if any(math.isfinite(view.quotient(row[2], shown.key)) for shown in HEADLINES)]
     if not rows:
         return None
@@ -54,11 +53,8 @@ def _finding(rows: Sequence[Row]) -> str:
     ]
     far = max(((abs(math.log(q)), name, shown, q) for name, _, point in rows for shown in HEADLINES if (q := view.quotient(point, shown.key)) > 0),
               key=lambda row: row[0])  # fmt: skip
-    text = (
-        f"{sum(found for *_, found in judged)} of {len(judged)} lie within the tolerance"
-        if judged
-        else "No prediction states a tolerance"
-    )
+    held = f"{sum(found for *_, found in judged)} of {len(judged)} lie within the tolerance"
+    text = held if judged else "No prediction states a tolerance"
     return f"{text}; furthest off is {far[2].short} at {far[1]}, {units.ratio(far[3])} its prediction."
 
 
@@ -68,11 +64,8 @@ def _figure(rows: Sequence[Row]) -> charts.Figure:
     for place, (shown, ink) in enumerate(zip(HEADLINES, INKS, strict=True)):
         xs, ys, hover, above, below = [], [], [], [], []
         for column_, (name, _, point) in enumerate(rows):
-            ratio, was, theory = (
-                view.quotient(point, shown.key),
-                view.measured(point, shown.key),
-                view.predicted(point, shown.key),
-            )
+            ratio = view.quotient(point, shown.key)
+            was, theory = view.measured(point, shown.key), view.predicted(point, shown.key)
             x = column_ - 0.3 + 0.2 * place
             low, high = band(point, shown)
             if math.isfinite(low) and math.isfinite(high) and low > 0:
@@ -94,53 +87,23 @@ def _figure(rows: Sequence[Row]) -> charts.Figure:
                          "error_y": {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": charts.colour(ink), "thickness": 1.3, "width": 3}})  # fmt: skip
     low, high = min(seen) / 1.15, max(seen) * 1.15
     marks = [mark for mark in MARKS if low <= mark <= high]
-    one = {
-        "type": "line",
-        "xref": "paper",
-        "x0": 0,
-        "x1": 1,
-        "y0": 1,
-        "y1": 1,
-        "line": {"width": 1.4, "color": charts.colour("ink")},
-        "layer": "below",
-    }
+    one = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "layer": "below",
+           "line": {"width": 1.4, "color": charts.colour("ink")}}  # fmt: skip
     across = charts.axis("", tickvals=list(range(len(rows))), ticktext=[charts.stacked(name) for name, *_ in rows], tickangle=0, range=[-0.6, len(rows) - 0.4],
                          showgrid=False, zeroline=False)  # fmt: skip
-    up = charts.axis(
-        "measured / predicted",
-        type="log",
-        range=[math.log10(low), math.log10(high)],
-        tickvals=marks,
-        ticktext=[f"{mark:.3g}×" for mark in marks],
-    )
+    up = charts.axis("measured / predicted", type="log", range=[math.log10(low), math.log10(high)], tickvals=marks,
+                     ticktext=[f"{mark:.3g}×" for mark in marks])  # fmt: skip
     return charts.figure_of(data, {"xaxis": across, "yaxis": up, "shapes": [one], "showlegend": True})
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    head = [
-        column("Point"),
-        *(column(shown.short, small="tolerance") for shown in HEADLINES),
-        column("Within it"),
-        column("Validity"),
-    ]
+    head = [column("Point"), *(column(shown.short, small="tolerance") for shown in HEADLINES), column("Within it"),
+            column("Validity")]  # fmt: skip
     body = []
     for name, _, point in rows:
-        cells, found = [], []
-        for shown in HEADLINES:
-            ratio, ends = view.quotient(point, shown.key), band(point, shown)
-            cells.append(
-                Cell(units.ratio(ratio), units.interval(*ends, units.ratio))
-                if math.isfinite(ratio)
-                else Cell("–", style="missing")
-            )
-            found.append(inside(point, shown))
-        known = [one for one in found if one is not None]
-        body.append(
-            [
-                heading(name),
-                *cells,
-                Cell(f"{sum(known)} of {len(known)}" if known else "–"),
-                stamp(view.verdict_of(point)),
-            ]
-        )
+        cells = [figure(units.ratio(view.quotient(point, shown.key)), units.interval(*band(point, shown), units.ratio), "–")
+                 for shown in HEADLINES]  # fmt: skip
+        known = [one for shown in HEADLINES if (one := inside(point, shown)) is not None]
+        held = Cell(f"{sum(known)} of {len(known)}" if known else "–")
+        body.append([heading(name), *cells, held, stamp(view.verdict_of(point))])
     return Table("table-ratio", "Measured over predicted, and the tolerance that the prediction states", [head], body)

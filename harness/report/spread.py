@@ -31,19 +31,11 @@ NOT_KEPT = "not measured (this run's records hold no single requests, or its sum
 def _details(runs: Sequence[RunView]) -> list[tuple[int, str, Key, Json, Json]]:
     """(run, name, key, point, its detail) of all points of one run, of the best point of each of several."""
     rows = []
-    for k, (name, run) in enumerate(zip(view.labels(runs), runs, strict=True)):
-        found = list(view.keyed(run).items())
-        if len(runs) > 1:
-            best = view.best(run, "output_tokens_per_s", highest=True)
-            found = [best] if best else []
-        for key, point in found:
-            number = view.num(point, "point")
-            detail = view.child(run.summary, "detail", "points", f"{number:.0f}" if math.isfinite(number) else "")
-            if detail:
-                rows.append(
-                    (k, ", ".join(filter(None, (name, view.marked(key, point, full=True)))), key, point, detail)
-                )
-    return rows
+    for k, name, key, point in view.chosen(runs):
+        number = view.num(point, "point")
+        detail = view.child(runs[k].summary, "detail", "points", f"{number:.0f}" if math.isfinite(number) else "")
+        rows.append((k, name, key, point, detail))
+    return [row for row in rows if row[4]]
 
 
 def section(runs: Sequence[RunView]) -> Charts:
@@ -81,15 +73,8 @@ def _distribution(rows: Sequence[tuple[int, str, Key, Json, Json]], shown: Shown
         "yaxis": charts.axis("", tickvals=[0, *(_nines(q, most) for q in ticks)], ticktext=["0", *(units.percent(q) for q in ticks)]),
         "showlegend": True, "legend": charts.below(), "margin": {"l": 56, "r": 10, "t": 10, "b": 46},
     })  # fmt: skip
-    return Block(
-        f"chart-spread-{shown.key}",
-        shown.name,
-        _finding(found, shown),
-        READ,
-        _percentiles(found, shown),
-        drawn,
-        high=True,
-    )
+    return Block(f"chart-spread-{shown.key}", shown.name, _finding(found, shown), READ, _percentiles(found, shown), drawn,
+                 high=True)  # fmt: skip
 
 
 def _finding(found: Sequence[tuple[str, Json, Json]], shown: Shown) -> str:
@@ -110,12 +95,7 @@ def _finding(found: Sequence[tuple[str, Json, Json]], shown: Shown) -> str:
 
 
 def _percentiles(found: Sequence[tuple[str, Json, Json]], shown: Shown) -> Table:
-    head = [
-        column("Point"),
-        *(column(name) for name in ("p50", "p90", "p95", "p99")),
-        column("Largest"),
-        column("samples (n)"),
-    ]
+    head = [column(text) for text in ("Point", "p50", "p90", "p95", "p99", "Largest", "samples (n)")]
     body = []
     for name, spread, point in found:
         row: Row = [heading(name)]
@@ -123,21 +103,14 @@ def _percentiles(found: Sequence[tuple[str, Json, Json]], shown: Shown) -> Table
             low, high = [*view.numbers(spread, "rank", which), NAN, NAN][:2]
             thin = view.num(spread, "n") < SAMPLES_NEEDED.get(which, 1)
             value = shown.show(view.num(point, shown.key, which))
-            row.append(
-                Cell(f"{value} †" if thin else value, units.interval(low, high, shown.show), "thin" if thin else "")
-            )
-        body.append(
-            [*row, figure(shown.show(view.numbers(spread, "value")[-1])), Cell(units.count(view.num(spread, "n")))]
-        )
+            span = units.interval(low, high, shown.show)
+            row.append(Cell(f"{value} †" if thin else value, span, "thin" if thin else ""))
+        largest = shown.show(view.numbers(spread, "value")[-1])
+        body.append([*row, figure(largest), Cell(units.count(view.num(spread, "n")))])
     notes = ["Beneath each percentile: its 95 % interval by ranks, as if requests were independent; where requests of a trial share their luck it is wider.",
              "† n too small to show this percentile."]  # fmt: skip
-    return Table(
-        f"table-spread-{shown.key}",
-        f"{shown.name}: percentiles of single {'gaps' if shown.key == 'itl_s' else 'requests'}",
-        [head],
-        body,
-        notes,
-    )
+    what = "gaps" if shown.key == "itl_s" else "requests"
+    return Table(f"table-spread-{shown.key}", f"{shown.name}: percentiles of single {what}", [head], body, notes)
 
 
 # --- trials -------------------------------------------------------------------------------------------------------
@@ -177,26 +150,15 @@ def _agreement(rows: Sequence[tuple[int, str, Key, Json, Json]], shown: Shown) -
         data.append({"type": "scatter", "mode": "markers", "x": xs, "y": [100 * (v / middle - 1) for v in values], "marker": {"size": 8, "color": ink},
                      "hoverinfo": "text", "hovertext": [charts.tooltip([f"{name}, trial {i + 1}", shown.show(v)]) for i, v in enumerate(values)]})  # fmt: skip
     labels = [charts.stacked(name.removeprefix("batch ").removeprefix("rate ")) for _, name, *_ in found]
-    across = charts.axis(
-        "",
-        tickvals=list(range(len(found))),
-        ticktext=labels,
-        range=[-0.6, len(found) - 0.4],
-        showgrid=False,
-        zeroline=False,
-        tickangle=0,
-    )
+    across = charts.axis("", tickvals=list(range(len(found))), ticktext=labels, range=[-0.6, len(found) - 0.4],
+                         showgrid=False, zeroline=False, tickangle=0)  # fmt: skip
     drawn = charts.figure_of(data, {"xaxis": across, "yaxis": charts.axis("from the mean, %"), "showlegend": False})
     spread = [((max(values) - min(values)) / middle, name, values) for _, name, _, values, middle in found]
     worst = max(spread, key=lambda row: row[0])
     finding = f"The trials differ most at {worst[1]}, by {units.percent(worst[0], 2)} of their mean{_drift(worst[2])}."
     most = max(len(values) for *_, values, _ in found)
-    head = [
-        column("Point"),
-        *(column(f"trial {i + 1}") for i in range(min(most, 20))),
-        column("Mean", small="95 % interval"),
-        column("Largest less least"),
-    ]
+    head = [column("Point"), *(column(f"trial {i + 1}") for i in range(min(most, 20))),
+            column("Mean", small="95 % interval"), column("Largest less least")]  # fmt: skip
     body = [[heading(name), *(Cell(shown.show(v)) for v in values[:20]), *(Cell("–") for _ in range(min(most, 20) - len(values))),
              Cell(shown.show(middle), units.interval(view.measured(point, shown.key).low, view.measured(point, shown.key).high, shown.show)),
              Cell(units.percent((max(values) - min(values)) / middle, 3))] for _, name, point, values, middle in found]  # fmt: skip

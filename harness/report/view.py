@@ -185,6 +185,15 @@ def rows(runs: Sequence[RunView]) -> list[tuple[int, str, Key, Json]]:
     return [(k, name, key, point) for k, (name, run) in named for key, point in keyed(run).items()]
 
 
+def chosen(runs: Sequence[RunView]) -> list[tuple[int, str, Key, Json]]:
+    """As `rows`, but of several runs only the best point of each; named with the run and the point's sign."""
+    found = rows(runs)
+    if len(runs) > 1:
+        tops = [best(run, "output_tokens_per_s", highest=True) for run in runs]
+        found = [row for row in found if (top := tops[row[0]]) and top[0] == row[2]]
+    return [(k, joined(name, marked(key, point, full=True)), key, point) for k, name, key, point in found]
+
+
 def joined(*parts: str) -> str:
     """What is not empty of these, with commas between."""
     return ", ".join(filter(None, parts))
