@@ -10,7 +10,7 @@ from harness.prices import per_million
 from harness.records import NAN
 from harness.report import charts, decision, view
 from harness.report.section import Block, Charts
-from harness.report.tables import Cell, Table, column, figure, heading, stamp
+from harness.report.tables import Cell, Table, column, figure, heading, plain, run_cell, run_column, stamp
 from harness.report.view import HEADLINES, SAMPLES_NEEDED, Json, Key, RunView, Shown
 
 QUANTILES = (("p50", "dot"), ("p95", "dash"), ("p99", "solid"))
@@ -42,22 +42,23 @@ def section(runs: Sequence[RunView]) -> Charts:
     return Charts([*blocks, _goodput(runs)], legend=charts.legend(runs), marks="long red dashes: objectives")
 
 
-def _ticks(runs: Sequence[RunView], keys: Sequence[Key]) -> list[str]:
-    """The loads along an axis; those of a single run with the sign of a point that is not valid."""
-    if len(runs) > 1:
-        return [view.key_label(key) for key in keys]
-    return [view.marked(key, point) for key, point in view.keyed(runs[0]).items()]
+def _loads(runs: Sequence[RunView], keys: Sequence[Key]) -> Json:
+    """The axis of the loads; those of a single run with the sign of a point that is not valid."""
+    marked = [view.marked(key, point) for _, _, key, point in view.rows(runs)]
+    labels = marked if len(runs) == 1 else [view.key_label(key) for key in keys]
+    return charts.axis(view.load_word(runs), tickvals=list(range(len(keys))), ticktext=labels, zeroline=False)
 
 
 def _bound(run: RunView, key: str) -> list[tuple[str, float]]:
     """(which percentile, bound) of the objectives for one time."""
-    family = key.removesuffix("_s")
     limits = [(view.text(x, "metric"), view.num(x, "bound")) for x in view.items(run.summary, "worth", "limits")]
-    return [
-        (metric.rpartition("_")[2], bound)
-        for metric, bound in limits
-        if metric.rpartition("_")[0] in (family, f"{family}_scheduled")
-    ]
+    return [(metric.rpartition("_")[2], bound) for metric, bound in limits if _is_of(metric, key)]
+
+
+def _is_of(metric: str, key: str) -> bool:
+    """Whether an objective is one for this time."""
+    family = key.removesuffix("_s")
+    return metric.rpartition("_")[0] in (family, f"{family}_scheduled")
 
 
 def _known(point: Json, key: str, name: str) -> float:
@@ -66,11 +67,8 @@ def _known(point: Json, key: str, name: str) -> float:
 
 def _latency(runs: Sequence[RunView], shown: Shown) -> Block:
     keys, names = view.all_keys(runs), view.labels(runs)
-    points = [(k, key, point) for k, run in enumerate(runs) for key, point in view.keyed(run).items()]
-    largest = max(
-        (v for _, _, p in points for name, _ in QUANTILES if math.isfinite(v := _known(p, shown.key, name))),
-        default=NAN,
-    )
+    known = (_known(p, shown.key, name) for *_, p in view.rows(runs) for name, _ in QUANTILES)
+    largest = max((v for v in known if math.isfinite(v)), default=NAN)
     factor, unit = units.time_scale(largest)
     data: list[Json] = []
     for k, run in enumerate(runs):
@@ -78,11 +76,11 @@ def _latency(runs: Sequence[RunView], shown: Shown) -> Block:
         for name, dash in QUANTILES:
             rows = [(keys.index(key), key, p) for key, p in found.items() if math.isfinite(_known(p, shown.key, name))]
             if rows:
-                hover = [charts.tooltip([", ".join(filter(None, (names[k], view.marked(key, p, full=True)))),
+                hover = [charts.tooltip([view.joined(names[k], view.marked(key, p, full=True)),
                                          f"{shown.short} {name} {shown.show(view.num(p, shown.key, name))}",
                                          f"{units.count(view.num(p, shown.key, 'n'))} samples"]) for _, key, p in rows]  # fmt: skip
                 ink = charts.run_colour(k)
-                data.append({"type": "scatter", "mode": "lines+markers", "name": charts.inert(", ".join(filter(None, (name, names[k])))),
+                data.append({"type": "scatter", "mode": "lines+markers", "name": charts.inert(view.joined(name, names[k])),
                              "x": [x for x, _, _ in rows], "y": [factor * view.num(p, shown.key, name) for _, _, p in rows],
                              "line": {"color": ink, "dash": dash, "width": 1.7}, "marker": {"color": ink, "size": 7},
                              "hoverinfo": "text", "hovertext": hover})  # fmt: skip
@@ -90,16 +88,14 @@ def _latency(runs: Sequence[RunView], shown: Shown) -> Block:
     data += [{"type": "scatter", "mode": "lines", "name": charts.inert(f"objective {which} {shown.show(bound)}"), "x": [-0.3, len(keys) - 0.7],
               "y": [factor * bound] * 2, "line": {"width": 1.8, "dash": "longdash", "color": charts.colour("invalid")}, "hoverinfo": "name"}
              for which, bound in bounds if data]  # fmt: skip
-    across = charts.axis(
-        view.load_word(runs),
-        tickvals=list(range(len(keys))),
-        ticktext=_ticks(runs, keys),
-        zeroline=False,
-    )
     up = charts.axis(f"{shown.short}, {unit}", rangemode="tozero")
     if bounds and math.isfinite(largest):
         up = {**up, "range": [0, 1.12 * factor * max(largest, min(bound for _, bound in bounds))]}
-    drawn = charts.figure_of(data, {"xaxis": across, "yaxis": up, "showlegend": len(runs) == 1}) if data else None
+    drawn = (
+        charts.figure_of(data, {"xaxis": _loads(runs, keys), "yaxis": up, "showlegend": len(runs) == 1})
+        if data
+        else None
+    )
     return Block(f"chart-slo-{shown.key}", f"{shown.name} over load", _latency_finding(runs, shown), READ,
                  _latency_table(runs, shown), drawn, missing="Nothing to draw: no percentile has the samples it needs.")  # fmt: skip
 
@@ -114,7 +110,7 @@ def _latency_finding(runs: Sequence[RunView], shown: Shown) -> str:
             said.append((f"{name}: " if name else "") + text + ".")
     if said:
         return " ".join(said)
-    rows = [(key, view.num(point, shown.key, "p50")) for run in runs for key, point in view.keyed(run).items()]
+    rows = [(key, view.num(point, shown.key, "p50")) for *_, key, point in view.rows(runs)]
     rows = [row for row in rows if math.isfinite(row[1])]
     if not rows:
         return "Not measured."
@@ -132,55 +128,40 @@ def _where(good: Sequence[Key], missed: Sequence[Key]) -> str:
     if not good:
         return f"missed at every load, from {view.key_label(missed[0], full=True)} on"
     if good[-1] < missed[0]:
-        return (
-            f"met up to {view.key_label(good[-1], full=True)} and missed from {view.key_label(missed[0], full=True)} on"
-        )
-    said = [
-        ", ".join(view.key_label(key, full=True) for key in part[:6]) + (", …" if len(part) > 6 else "")
-        for part in (good, missed)
-    ]
-    return f"met at {said[0]} and missed at {said[1]}"
+        last, first = view.key_label(good[-1], full=True), view.key_label(missed[0], full=True)
+        return f"met up to {last} and missed from {first} on"
+    return f"met at {_listed(good)} and missed at {_listed(missed)}"
+
+
+def _listed(keys: Sequence[Key]) -> str:
+    return ", ".join(view.key_label(key, full=True) for key in keys[:6]) + (", …" if len(keys) > 6 else "")
 
 
 def _latency_table(runs: Sequence[RunView], shown: Shown) -> Table:
-    many, names = len(runs) > 1, view.labels(runs)
-    head = [*([column("Run")] if many else []), column(view.load_word(runs)), *(column(name) for name, _ in QUANTILES), column("samples (n)"),
+    head = [*run_column(runs), column(view.load_word(runs)), *(column(name) for name, _ in QUANTILES), column("samples (n)"),
             column("Objective", style="left"), column("Validity")]  # fmt: skip
     body = []
-    for k, run in enumerate(runs):
+    for run, name in zip(runs, view.labels(runs), strict=True):
         for row in decision.held(run):
-            checks = [
-                c
-                for c in row.checks
-                if c.metric.rpartition("_")[0]
-                in (shown.key.removesuffix("_s"), f"{shown.key.removesuffix('_s')}_scheduled")
-            ]
-            told = (
-                "; ".join(
-                    f"{decision.metric_name(c.metric)}: {c.status}" + (f" ({c.why})" if c.why else "") for c in checks
-                )
-                or "none stated"
-            )
-            cells = []
-            for name, _ in QUANTILES:
-                value, thin = (
-                    view.num(row.point, shown.key, name),
-                    not math.isfinite(_known(row.point, shown.key, name)),
-                )
-                cells.append(
-                    Cell(f"{shown.show(value)} †", style="thin")
-                    if thin and math.isfinite(value)
-                    else figure(shown.show(value))
-                )
-            body.append([*([heading(names[k])] if many else []), heading(view.key_label(row.key)), *cells,
-                         Cell(units.count(view.num(row.point, shown.key, "n"))), Cell(told, style="left wrap"), stamp(view.verdict_of(row.point))])  # fmt: skip
+            checks = [c for c in row.checks if _is_of(c.metric, shown.key)]
+            told = [f"{decision.metric_name(c.metric)}: {c.status}" + (f" ({c.why})" if c.why else "") for c in checks]
+            cells = [_quantile(row.point, shown, which) for which, _ in QUANTILES]
+            samples, objective = units.count(view.num(row.point, shown.key, "n")), "; ".join(told) or "none stated"
+            body.append([*run_cell(name), heading(view.key_label(row.key)), *cells, Cell(samples), Cell(objective, style="left wrap"),
+                         stamp(view.verdict_of(row.point))])  # fmt: skip
     return Table(f"table-slo-{shown.key}", f"{shown.name} at each load, held against the objective", [head], body)
 
 
-def _attained(run: RunView, point: Json) -> float:
-    row = view.child(
-        run.summary, "detail", "points", str(int(p)) if math.isfinite(p := view.num(point, "point")) else "", "attained"
+def _quantile(point: Json, shown: Shown, which: str) -> Cell:
+    value, known = view.num(point, shown.key, which), math.isfinite(_known(point, shown.key, which))
+    return (
+        figure(shown.show(value)) if known or not math.isfinite(value) else Cell(f"{shown.show(value)} †", style="thin")
     )
+
+
+def _attained(run: RunView, point: Json) -> float:
+    number = view.num(point, "point")
+    row = view.child(run.summary, "detail", "points", str(int(number)) if math.isfinite(number) else "", "attained")
     return view.num(row, "met") / n if (n := view.num(row, "requests")) > 0 else NAN
 
 
@@ -189,53 +170,31 @@ def _goodput(runs: Sequence[RunView]) -> Block:
     data, body, said, many = [], [], [], len(runs) > 1
     for k, run in enumerate(runs):
         rows = [(key, p, view.num(p, "requests_per_s"), _attained(run, p)) for key, p in view.keyed(run).items()]
-        for title, dash, values in (
-            ("Answered", "solid", [r for _, _, r, _ in rows]),
-            ("Goodput", "dash", [r * a for _, _, r, a in rows]),
-        ):
+        answered, good = [r for _, _, r, _ in rows], [r * a for _, _, r, a in rows]
+        for title, dash, values in (("Answered", "solid", answered), ("Goodput", "dash", good)):
             if any(math.isfinite(v) for v in values):
                 hover = [charts.tooltip([names[k], view.key_label(key, full=True), f"{title.lower()} {units.rate(v, 'requests')}",
                                          f"{units.percent(a, 3)} met the objectives" if math.isfinite(a) else ""])
                          for (key, _, _, a), v in zip(rows, values, strict=True)]  # fmt: skip
-                data.append({"type": "scatter", "mode": "lines+markers", "name": charts.inert(", ".join(filter(None, (title, names[k])))),
+                data.append({"type": "scatter", "mode": "lines+markers", "name": charts.inert(view.joined(title, names[k])),
                              "x": [keys.index(key) for key, *_ in rows], "y": values, "hoverinfo": "text", "hovertext": hover,
                              "line": {"color": charts.run_colour(k), "dash": dash, "width": 1.8}, "marker": {"color": charts.run_colour(k), "size": 7}})  # fmt: skip
         for key, point, rate, share in rows:
-            good = (
-                Cell(units.rate(rate * share, "requests"))
-                if math.isfinite(rate * share)
-                else Cell("not measured", style="missing")
-            )
-            body.append([*([heading(names[k])] if many else []), heading(view.key_label(key)), figure(units.rate(rate, "requests")), good,
-                         Cell(units.percent(share, 3) if math.isfinite(share) else "–"), stamp(view.verdict_of(point))])  # fmt: skip
+            body.append([*run_cell(names[k]), heading(view.key_label(key)), figure(units.rate(rate, "requests")),
+                         figure(units.rate(rate * share, "requests")), plain(units.percent(share, 3)), stamp(view.verdict_of(point))])  # fmt: skip
         known = [(rate * share, key, share) for key, _, rate, share in rows if math.isfinite(rate * share)]
         if known:
             top = max(known)
             said.append((f"{names[k]}: most" if many else "Most") + f" goodput is {units.rate(top[0], 'requests', 3)}, at {view.key_label(top[1], full=True)}, "
                         f"where {units.percent(top[2], 3)} of the requests met the objectives.")  # fmt: skip
     finding = " ".join(said) or "Goodput is not measured (no objective that a single request can meet is stated)."
-    across = charts.axis(
-        view.load_word(runs),
-        tickvals=list(range(len(keys))),
-        ticktext=_ticks(runs, keys),
-        zeroline=False,
-    )
     head = [
-        *([column("Run")] if many else []),
-        column(view.load_word(runs)),
-        column("Answered"),
-        column("Goodput"),
-        column("Met the objectives"),
-        column("Validity"),
+        *run_column(runs),
+        *map(column, (view.load_word(runs), "Answered", "Goodput", "Met the objectives", "Validity")),
     ]
     table = Table("table-goodput", "Requests answered, and those that met the objectives", [head], body)
-    drawn = (
-        charts.figure_of(
-            data, {"xaxis": across, "yaxis": charts.axis("requests/s", rangemode="tozero"), "showlegend": not many}
-        )
-        if data
-        else None
-    )
+    up = charts.axis("requests/s", rangemode="tozero")
+    drawn = charts.figure_of(data, {"xaxis": _loads(runs, keys), "yaxis": up, "showlegend": not many}) if data else None
     return Block("chart-goodput", "Goodput over load", finding, READ_GOODPUT, table, drawn)
 
 
@@ -262,24 +221,22 @@ def frontier(rows: Sequence[User]) -> list[User]:
 
 
 def pareto(runs: Sequence[RunView]) -> Charts:
-    names, many = view.labels(runs), len(runs) > 1
+    names = view.labels(runs)
     found = [(k, row) for k, run in enumerate(runs) for row in _users(run)]
     if not found:
-        return Charts(
-            [], otherwise="Not measured: it needs the time between tokens and the output of at least one point."
-        )
+        needed = "the time between tokens and the output of at least one point"
+        return Charts([], otherwise=f"Not measured: it needs {needed}.")
     data: list[Json] = []
     for k, run in enumerate(runs):
         data += _pareto_traces(run, names[k], charts.run_colour(k))
-    head = [*([column("Run")] if many else []), column("Point"), column("Tokens/s for each user"), column("Tokens/s per accelerator"),
-            column("1 M output tokens"), column("On the frontier"), column("Validity")]  # fmt: skip
+    head = [*run_column(runs), *map(column, ("Point", "Tokens/s for each user", "Tokens/s per accelerator", "1 M output tokens",
+                                             "On the frontier", "Validity"))]  # fmt: skip
     body = []
     for k, row in found:
         edge = any(row[0] == other[0] for other in frontier(_users(runs[k])))
         cost = decision.usd_per_million(runs[k], row[1])
-        body.append([*([heading(names[k])] if many else []), heading(view.key_label(row[0], full=True)), Cell(units.number(row[2])), Cell(units.number(row[3])),
-                     Cell(units.usd(cost)) if math.isfinite(cost) else Cell("no price known", style="missing"), Cell("yes" if edge else "no"),
-                     stamp(view.verdict_of(row[1]))])  # fmt: skip
+        body.append([*run_cell(names[k]), heading(view.key_label(row[0], full=True)), Cell(units.number(row[2])), Cell(units.number(row[3])),
+                     figure(units.usd(cost), missing="no price known"), Cell("yes" if edge else "no"), stamp(view.verdict_of(row[1]))])  # fmt: skip
     fast, much = max((r for _, r in found), key=lambda r: r[2]), max((r for _, r in found), key=lambda r: r[3])
     if fast[0] == much[0]:
         finding = f"{view.key_label(fast[0], full=True).capitalize()} is best for the user and for the hardware alike."
@@ -301,7 +258,7 @@ def _pareto_traces(run: RunView, name: str, ink: str) -> list[Json]:
                      "line": {"color": ink, "width": 1.4, "shape": "vh"}, "hoverinfo": "skip"})  # fmt: skip
     for title, theory in (("Predicted", True), ("Measured", False)):
         rows = _users(run, theory)
-        hover = [charts.tooltip([", ".join(filter(None, (title, name, view.key_label(key, full=True)))), f"{units.rate(x, 'tokens')} for each user",
+        hover = [charts.tooltip([view.joined(title, name, view.key_label(key, full=True)), f"{units.rate(x, 'tokens')} for each user",
                                  f"{units.rate(y, 'tokens')} per accelerator"]) for key, _, x, y in rows]  # fmt: skip
         mark = {"size": 10, "color": charts.colour("paper") if theory else ink, "line": {"width": 1.6 if theory else 1.2, "color": ink if theory else charts.colour("paper")},
                 "symbol": ["circle" if theory else charts.SYMBOLS[view.verdict_of(p)] for _, p, _, _ in rows]}  # fmt: skip
@@ -333,9 +290,8 @@ def _cost(run: RunView, place: int, name: str) -> Block | None:
     if known:
         busy, half = (per_million(usd_per_h, gpus, rate * share) for share in (1.0, 0.5))
         finding = f"At {units.usd(usd_per_h)} an hour ({view.shorten(source, 80)}) and {at}, a million output tokens costs {units.usd(busy)} if always busy and {units.usd(half)} if busy half of the time"
-        finding += (
-            f"; a million tokens of either kind {units.usd(per_million(usd_per_h, gpus, total))}." if total > 0 else "."
-        )
+        either = f"; a million tokens of either kind {units.usd(per_million(usd_per_h, gpus, total))}"
+        finding += (either if total > 0 else "") + "."
     else:
         finding = f"{decision.NO_PRICE[:1].upper()}{decision.NO_PRICE[1:]}. At {at} each dollar an hour makes {units.usd(per_million(1.0, gpus, rate))} for a million output tokens, if always busy."
     suffix = f"-{place}" if place else ""
@@ -354,13 +310,7 @@ def _cost(run: RunView, place: int, name: str) -> Block | None:
         f"Price × {gpus} accelerator{'' if gpus == 1 else 's'} / 3600 s / ({units.rate(rate, 'tokens')} × share of the time busy) × 1,000,000."
     ]
     table = Table(f"table-cost{suffix}", f"US dollars for a million output tokens at {at}", [head], body, notes)
-    drawn = charts.figure_of(
-        data,
-        {
-            "xaxis": charts.axis("share of the time busy, %"),
-            "yaxis": charts.axis("$ for 1 M output tokens", rangemode="tozero"),
-            "showlegend": True,
-        },
-    )
+    up = charts.axis("$ for 1 M output tokens", rangemode="tozero")
+    drawn = charts.figure_of(data, {"xaxis": charts.axis("share of the time busy, %"), "yaxis": up, "showlegend": True})
     title = "Cost of a million output tokens" + (f", {name}" if name else "")
     return Block(f"chart-cost{suffix}", title, finding, READ_COST, table, drawn)
