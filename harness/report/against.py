@@ -27,22 +27,13 @@ def versus(runs: Sequence[RunView]) -> Charts:
 
 def _versus(runs: Sequence[RunView], shown: Shown) -> Block:
     chart = CHARTS[f"chart-{shown.key}"]
-    return Block(
-        f"chart-{shown.key}",
-        shown.name,
-        _versus_sentence(runs, shown),
-        chart.read,
-        tables.versus_table(runs, shown),
-        chart.draw(runs),
-    )
+    return Block(f"chart-{shown.key}", shown.name, _versus_sentence(runs, shown), chart.read,
+                 tables.versus_table(runs, shown), chart.draw(runs))  # fmt: skip
 
 
 def _versus_sentence(runs: Sequence[RunView], shown: Shown) -> str:
-    rows = [
-        (view.quotient(p, shown.key), view.measured(p, shown.key).value, view.predicted(p, shown.key))
-        for run in runs
-        for p in view.points(run)
-    ]
+    rows = [(view.quotient(p, shown.key), view.measured(p, shown.key).value, view.predicted(p, shown.key))
+            for *_, p in view.rows(runs)]  # fmt: skip
     known = [row for row in rows if math.isfinite(row[0])]
     if not known:
         return "No prediction to compare with." if any(math.isfinite(row[1]) for row in rows) else "Not measured."

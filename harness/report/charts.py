@@ -178,7 +178,7 @@ def _point_hover(name: str, key: Key, point: Json, shown: Shown) -> str:
     span, room = (units.interval(e.low, e.high, shown.show) for e in (was, theory))
     return tooltip(
         [
-            ", ".join(filter(None, (name, view.key_label(key, full=True)))),
+            view.joined(name, view.key_label(key, full=True)),
             f"measured {shown.show(was.value)}" + (f" (95 % interval {span})" if span else ""),
             f"predicted {shown.show(theory.value)}" + (f" ({room})" if room else "")
             if theory.known

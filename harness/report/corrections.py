@@ -24,11 +24,8 @@ FORMULAS = {
 
 def section(runs: Sequence[RunView]) -> dict[str, Any] | None:
     """None where no seed's value stands in the page."""
-    tables = [
-        table
-        for k, (name, run) in enumerate(zip(view.labels(runs), runs, strict=True))
-        if (table := _table(run, name, k))
-    ]
+    named = enumerate(zip(view.labels(runs), runs, strict=True))
+    tables = [table for k, (name, run) in named if (table := _table(run, name, k))]
     return {"tables": tables} if tables else None
 
 
@@ -37,17 +34,8 @@ def _table(run: RunView, name: str, place: int) -> Table | None:
     for shown in HEADLINES:
         rows = [(key, p) for key, p in view.keyed(run).items() if math.isfinite(view.seed_value(p, shown.key))]
         if rows:
-            body.append(
-                [
-                    Cell(
-                        f"{shown.name} = {FORMULAS[shown.key][0]}",
-                        FORMULAS[shown.key][1],
-                        "group",
-                        scope="rowgroup",
-                        span=6,
-                    )
-                ]
-            )
+            formula, lacks = FORMULAS[shown.key]
+            body.append([Cell(f"{shown.name} = {formula}", lacks, "group", scope="rowgroup", span=6)])
         for key, point in rows:
             body.append(_row(key, point, shown))
     if not body:
@@ -63,11 +51,8 @@ def _table(run: RunView, name: str, place: int) -> Table | None:
 
 
 def _row(key: view.Key, point: view.Json, shown: Shown) -> Row:
-    seed, theory, was = (
-        view.seed_value(point, shown.key),
-        view.predicted(point, shown.key).value,
-        view.measured(point, shown.key).value,
-    )
+    seed, was = view.seed_value(point, shown.key), view.measured(point, shown.key).value
+    theory = view.predicted(point, shown.key).value
     return [
         heading(view.marked(key, point, full=True)), Cell(shown.show(seed)), figure(shown.show(theory)), figure(shown.show(was)),
         Cell(units.ratio(seed / was) if was > 0 else "–"), Cell(units.ratio(theory / was) if was > 0 else "–"),

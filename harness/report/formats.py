@@ -10,7 +10,7 @@ from harness import markdown as md
 from harness import units
 from harness.report import changes, compare_section, decision, provenance, tables, verdict, view
 from harness.report.changes import Change
-from harness.report.view import HEADLINES, Json, Key, RunView, Shown
+from harness.report.view import HEADLINES, Json, RunView, Shown
 
 FORMAT = 1
 
@@ -74,9 +74,8 @@ def markdown(runs: Sequence[RunView]) -> str:
 def _head(runs: Sequence[RunView]) -> list[str]:
     lines = [f"## {md.inert(verdict.title(runs))}", ""]
     for one in verdict.section(runs)["runs"]:
-        stamp = f"**{view.VERDICTS[one['word']]} {one['word']}**" + (
-            f", **{md.inert(one['state'], 40)}**" if one["state"] else ""
-        )
+        stamp = f"**{view.VERDICTS[one['word']]} {one['word']}**"
+        stamp += f", **{md.inert(one['state'], 40)}**" if one["state"] else ""
         lines += [f"**{md.inert(one['name'])}**", ""] if one["name"] else []
         if answer := one["answer"]:
             lines += [f"**{answer['glyph']} {answer['word']}** {md.inert(answer['reason'], 1200)}.", ""]
@@ -90,19 +89,14 @@ def _head(runs: Sequence[RunView]) -> list[str]:
     return [*lines, *([" · ".join(md.inert(part) for part in meta)] if (meta := verdict.meta(runs)) else [])]
 
 
-def _rows(runs: Sequence[RunView]) -> list[tuple[str, Key, Json]]:
-    named = zip(view.labels(runs), runs, strict=True)
-    return [(name, key, point) for name, run in named for key, point in view.keyed(run).items()]
-
-
 def _headlines(runs: Sequence[RunView]) -> list[str]:
-    rows, many = _rows(runs), len(runs) > 1
+    rows, many = view.rows(runs), len(runs) > 1
     if not rows:
         return ["", "No point was measured."]
     head = [*(["Run"] if many else []), view.load_word(runs), "Output tokens/s", "TTFT", "TTFT p95", "ITL", "ITL p95", "E2E",
             "Requests", "Failed", "Validity"]  # fmt: skip
     body = []
-    for name, key, point in rows:
+    for _, name, key, point in rows:
         word = view.verdict_of(point)
         cells = [_mean(point, HEADLINES[3])]
         for shown in HEADLINES[:2]:
@@ -130,7 +124,7 @@ def _tail(point: Json, shown: Shown) -> str:
 
 def _versus(runs: Sequence[RunView]) -> list[str]:
     many, body = len(runs) > 1, []
-    for name, key, point in _rows(runs):
+    for _, name, key, point in view.rows(runs):
         cells = [_ratio(point, shown) for shown in HEADLINES]
         if any(cells):
             limit = view.limit_word(view.text(point, "predicted", "limit"))

@@ -106,7 +106,7 @@ def _tiles(found: Plan, way: Way) -> list[dict[str, Any]]:
     hoped = f"up to {units.count(way.hoped)} if the predicted values hold" if way.hoped > way.batch else ""
     speed = way.tokens_per_s
     return [
-        _tile(verb, planning_text.what(way), ", ".join(filter(None, (f"{way.dtype} weights", planning_text.split(way)))),
+        _tile(verb, planning_text.what(way), view.joined(f"{way.dtype} weights", planning_text.split(way)),
               f"{usd(way.hardware.usd_per_h)} an hour each" if way.priced else "price unknown"),
         _tile("Batch", units.count(way.batch), flight, hoped,
               f"{units.count(speed.value)} output tokens/s a replica ({units.interval(speed.low, speed.high, units.count)})"),

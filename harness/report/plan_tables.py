@@ -7,7 +7,7 @@ import math
 from harness import planning, planning_text, units
 from harness.planning import Plan, Way
 from harness.planning_text import label, usd
-from harness.report import plan_charts
+from harness.report import plan_charts, view
 from harness.report.tables import Cell, Row, Table, column, figure, heading
 from harness.theory import catalogue, hardware, seeds
 from harness.theory import ledger as book
@@ -52,7 +52,7 @@ def _row(found: Plan, way: Way, brief: bool) -> Row:
     name = planning_text.what(way) + (f" measured: {way.run.name}" if way.run else "")
     bought = way is found.choice and found.verdict != "cannot tell"
     name += " ◀ buy" if brief and bought else ""
-    weights = ", ".join(filter(None, (way.dtype, planning_text.split(way))))
+    weights = view.joined(way.dtype, planning_text.split(way))
     row = [heading(name), Cell(weights), *([_alone(found, way)] if brief else [_state(way)])]
     if way.times is None:
         return [*row, Cell(way.reason, style="wrap left", span=5 + len(found.objectives))]

@@ -10,7 +10,7 @@ from harness import units
 from harness.records import NAN
 from harness.report import charts, view
 from harness.report.section import Block, Charts
-from harness.report.tables import Cell, Table, column, heading, stamp
+from harness.report.tables import Cell, Table, column, heading, run_cell, run_column, stamp
 from harness.report.view import Json, Key, RunView
 
 READ = (
@@ -75,18 +75,14 @@ def roof_of(run: RunView) -> Roof | None:
 
 def phases(runs: Sequence[RunView]) -> Iterator[Phase]:
     """Decode steps of all points; the prefill only of single requests, where no other prompt is in the time."""
-    for k, run in enumerate(runs):
-        for key, point in view.keyed(run).items():
-            for name, metric in (("decode", "itl_s"), ("prefill", "ttft_s")):
-                work = view.child(point, "predicted", "work", name)
-                moved, flops, seconds = (
-                    view.num(work, "bytes"),
-                    view.num(work, "flops"),
-                    view.measured(point, metric).value,
-                )
-                alone = view.num(point, "batch_size") == 1
-                if moved > 0 and flops > 0 and seconds > 0 and (name == "decode" or alone):
-                    yield Phase(k, key, point, name, moved, flops, seconds)
+    for k, _, key, point in view.rows(runs):
+        for name, metric in (("decode", "itl_s"), ("prefill", "ttft_s")):
+            work = view.child(point, "predicted", "work", name)
+            moved, flops = view.num(work, "bytes"), view.num(work, "flops")
+            seconds = view.measured(point, metric).value
+            alone = view.num(point, "batch_size") == 1
+            if moved > 0 and flops > 0 and seconds > 0 and (name == "decode" or alone):
+                yield Phase(k, key, point, name, moved, flops, seconds)
 
 
 def section(runs: Sequence[RunView]) -> Charts:
@@ -95,14 +91,8 @@ def section(runs: Sequence[RunView]) -> Charts:
     otherwise = "Not drawn: it needs the hardware, the model's configuration, and at least one measured time."
     if not found:
         return Charts([], otherwise=otherwise)
-    block = Block(
-        "chart-roofline",
-        "Roofline",
-        _finding(found, roofs),
-        READ,
-        _table(runs, found, roofs),
-        _figure(runs, found, roofs),
-    )
+    block = Block("chart-roofline", "Roofline", _finding(found, roofs), READ, _table(runs, found, roofs),
+                  _figure(runs, found, roofs))  # fmt: skip
     return Charts([block], tall=True, otherwise=otherwise)
 
 
@@ -134,7 +124,7 @@ def _figure(runs: Sequence[RunView], found: Sequence[Phase], roofs: Sequence[Roo
             if mine:
                 data.append({
                     "type": "scatter", "mode": "markers+text", "textposition": "bottom right", "text": [view.marked(p.key, p.point) for p in mine],
-                    "textfont": {"size": 11, "color": charts.colour("muted")}, "name": charts.inert(", ".join(filter(None, (name.capitalize(), names[k])))),
+                    "textfont": {"size": 11, "color": charts.colour("muted")}, "name": charts.inert(view.joined(name.capitalize(), names[k])),
                     "x": [p.intensity for p in mine], "y": [p.achieved / 1e12 for p in mine], "hoverinfo": "text",
                     "hovertext": [_hover(p, roof_, names[k]) for p in mine if (roof_ := roofs[k])], "cliponaxis": False,
                     "marker": {"symbol": symbol, "size": 10, "color": charts.colour(ink) if alone else charts.run_colour(k),
@@ -165,7 +155,7 @@ def _lines(roof: Roof, x0: float, x1: float, ink: str, name: str) -> Iterator[Js
         said = f"{dtypes}: {units.flops(flops)}, ridge at {units.number(bend, 3)} FLOP/byte, {units.bandwidth(roof.bytes_per_s)}"
         if bold or bend < x1:
             yield {
-                "type": "scatter", "mode": "lines", "name": charts.inert(", ".join(filter(None, (f"Roof, {dtypes}", name)))),
+                "type": "scatter", "mode": "lines", "name": charts.inert(view.joined(f"Roof, {dtypes}", name)),
                 "x": xs, "y": [min(roof.bytes_per_s * x, flops) / 1e12 for x in xs], "hoverinfo": "text",
                 "hovertext": [charts.tooltip([name, said])] * len(xs), "showlegend": bold,
                 "line": {"color": ink, "width": 2.4 if bold else 1.1, "dash": "solid" if bold else "dot"},
@@ -180,23 +170,22 @@ def _level_names(roof: Roof, x1: float) -> list[Json]:
 
 def _hover(phase: Phase, roof: Roof, name: str) -> str:
     return charts.tooltip([
-        ", ".join(filter(None, (name, view.marked(phase.key, phase.point, full=True), phase.name))),
+        view.joined(name, view.marked(phase.key, phase.point, full=True), phase.name),
         f"{units.size(phase.moved)} and {units.amount(phase.flops)}FLOP in {units.seconds(phase.seconds)}",
         f"MBU {units.percent(phase.moved / phase.seconds / roof.bytes_per_s, 3)}, MFU {units.percent(phase.achieved / roof.peak, 3)}",
     ])  # fmt: skip
 
 
 def _table(runs: Sequence[RunView], found: Sequence[Phase], roofs: Sequence[Roof | None]) -> Table:
-    many, names = len(runs) > 1, view.labels(runs)
-    head = [column("Run")] if many else []
-    head += [column("Point"), column("Phase", style="left"), column("Moves"), column("Does"), column("FLOP/byte"), column("Measured"),
+    names = view.labels(runs)
+    head = [*run_column(runs), column("Point"), column("Phase", style="left"), column("Moves"), column("Does"), column("FLOP/byte"), column("Measured"),
              column("Reaches"), column("MBU", small="of bandwidth"), column("MFU", small="of peak"), column("Of its roof"), column("Validity")]  # fmt: skip
     body = []
     for phase in found:
         roof = roofs[phase.run]
         assert roof
         body.append([
-            *([heading(names[phase.run])] if many else []), heading(view.key_label(phase.key, full=True)), Cell(phase.name, style="left"),
+            *run_cell(names[phase.run]), heading(view.key_label(phase.key, full=True)), Cell(phase.name, style="left"),
             Cell(units.size(phase.moved, 3)), Cell(units.amount(phase.flops, 3) + "FLOP"), Cell(units.number(phase.intensity, 3)),
             Cell(units.seconds(phase.seconds)), Cell(units.flops(phase.achieved, 3)),
             Cell(units.percent(phase.moved / phase.seconds / roof.bytes_per_s, 3)), Cell(units.percent(phase.achieved / roof.peak, 3)),

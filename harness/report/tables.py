@@ -375,7 +375,7 @@ def findings(runs: Sequence[RunView]) -> list[Shared]:
                 severity = view.text(entry, "severity")
                 severity = severity if severity in view.SEVERITIES else "suspect"
                 group = (severity, view.text(entry, "code"), view.text(entry, "why"), view.text(entry, "do"))
-                where = ", ".join(filter(None, (name, place))) or "whole run"
+                where = view.joined(name, place) or "whole run"
                 groups.setdefault(group, []).append((where, view.text(entry, "saw")))
     worst = list(reversed(view.SEVERITIES))
     ordered = sorted(groups.items(), key=lambda pair: (worst.index(pair[0][0]), pair[0][1]))

@@ -38,11 +38,8 @@ def section(runs: Sequence[RunView]) -> Charts:
 
 
 def _labels(run: RunView) -> dict[int, str]:
-    return {
-        int(view.num(point, "point")): view.key_label(key, full=True)
-        for key, point in view.keyed(run).items()
-        if view.num(point, "point") >= 0
-    }
+    found = ((view.num(point, "point"), view.key_label(key, full=True)) for key, point in view.keyed(run).items())
+    return {int(place): label for place, label in found if place >= 0}
 
 
 def _line(run: RunView) -> Block | None:
@@ -83,24 +80,11 @@ def _line(run: RunView) -> Block | None:
         body.append([heading(name or "–"), Cell(units.count(trial + 1)), Cell(units.seconds(x0)), Cell(units.seconds(x1 - x0)), *(
             figure(units.number(sum(ys[k] for k in inside) / len(inside)) if inside else units.MISSING) for ys in (flying, tokens))])  # fmt: skip
     notes_ = [f"{len(points) - MOST} later trials are left out."] if len(points) > MOST else []
-    head = [
-        column("Point"),
-        column("Trial"),
-        column("Began after"),
-        column("Took"),
-        column("In flight", small="mean"),
-        column("Output tokens/s", small="mean, pauses included"),
-    ]
+    head = [column("Point"), column("Trial"), column("Began after"), column("Took"), column("In flight", small="mean"),
+            column("Output tokens/s", small="mean, pauses included")]  # fmt: skip
     table = Table("table-timeline", "The trials of the run over time, warm-up included", [head], body, notes_)
-    return Block(
-        "chart-timeline",
-        "The run over time",
-        finding,
-        READ.format(step=units.seconds(step, 2)),
-        table,
-        drawn,
-        high=True,
-    )
+    read = READ.format(step=units.seconds(step, 2))
+    return Block("chart-timeline", "The run over time", finding, read, table, drawn, high=True)
 
 
 def _spans(line: Json) -> list[list[float]]:
@@ -122,23 +106,13 @@ def _sample(run: RunView) -> Block | None:
     hover = [charts.tooltip([f"request {units.count(ids[k])}" + (", among the slowest" if ids[k] in slow else ""),
                              f"sent after {units.seconds(sent[k] - start)}", f"first token {units.seconds(first[k] - sent[k])}",
                              f"all {units.seconds(last[k] - sent[k])}, {units.count(tokens[k])} tokens", "" if ok[k] else "failed"]) for k in range(len(sent))]  # fmt: skip
+    gone = (NAN, NAN)
+    rows_ = list(zip(due, sent, first, last, ok, strict=True))
     spans = (
-        ("Waits in the client", "predicted", [(d, s) if s > d else (NAN, NAN) for d, s in zip(due, sent, strict=True)]),
-        (
-            "To the first token",
-            "fourth",
-            [(s, f) if good else (NAN, NAN) for s, f, good in zip(sent, first, ok, strict=True)],
-        ),
-        (
-            "First to last token",
-            "measured",
-            [(f, e) if good else (NAN, NAN) for f, e, good in zip(first, last, ok, strict=True)],
-        ),
-        (
-            "Failed",
-            "invalid",
-            [(s, max(e, s + 1e-3)) if not good else (NAN, NAN) for s, e, good in zip(sent, last, ok, strict=True)],
-        ),
+        ("Waits in the client", "predicted", [(d, s) if s > d else gone for d, s, _, _, _ in rows_]),
+        ("To the first token", "fourth", [(s, f) if good else gone for _, s, f, _, good in rows_]),
+        ("First to last token", "measured", [(f, e) if good else gone for _, _, f, e, good in rows_]),
+        ("Failed", "invalid", [gone if good else (s, max(e, s + 1e-3)) for _, s, _, e, good in rows_]),
     )
     data: list[Json] = []
     for name, ink, ends in spans:
@@ -156,11 +130,7 @@ def _sample(run: RunView) -> Block | None:
     whole, point = view.num(found, "of"), _labels(run).get(int(view.num(found, "point")), "")
     rows = sorted((k for k in range(len(sent)) if ids[k] in slow), key=lambda k: (sent[k] - last[k], ids[k]))
     head = [
-        column("Request"),
-        column("Sent after"),
-        column("To the first token"),
-        column("End to end"),
-        column("Output tokens"),
+        *map(column, ("Request", "Sent after", "To the first token", "End to end", "Output tokens")),
         column("Ended", style="left"),
     ]
     body = [[heading(units.count(ids[k])), Cell(units.seconds(sent[k] - start)), figure(units.seconds(first[k] - sent[k])), figure(units.seconds(last[k] - sent[k])),
@@ -173,15 +143,8 @@ def _sample(run: RunView) -> Block | None:
         else "."
     )
     table = Table("table-sample", f"The slowest {units.count(len(rows))} requests of the trial shown", [head], body)
-    return Block(
-        "chart-sample",
-        f"A sample of requests, {point}",
-        text,
-        READ_SAMPLE.format(slowest=units.count(len(rows))),
-        table,
-        drawn,
-        high=True,
-    )
+    read = READ_SAMPLE.format(slowest=units.count(len(rows)))
+    return Block("chart-sample", f"A sample of requests, {point}", text, read, table, drawn, high=True)
 
 
 def _list(data: Json, key: str) -> list[object]:

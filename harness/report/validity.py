@@ -52,8 +52,7 @@ def _worst(point: Json, code: str) -> str:
 
 def checks_table(runs: Sequence[RunView]) -> Table | None:
     """A row for each check, a column for each point; None without points."""
-    points = [(", ".join(filter(None, (name, view.key_label(key)))), point)
-              for name, run in zip(view.labels(runs), runs, strict=True) for key, point in view.keyed(run).items()][:MOST]  # fmt: skip
+    points = [(view.joined(name, view.key_label(key)), point) for _, name, key, point in view.rows(runs)][:MOST]
     if not points:
         return None
     body = []

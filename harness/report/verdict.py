@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from harness import units
-from harness.report import decision, limits, tables, view
-from harness.report.tables import Table
+from harness.report import decision, limits, view
+from harness.report.tables import Cell, Table, column, figure, heading, stamp
 from harness.report.view import HEADLINES, Json, RunView, Shown
 
 _MODES = {
@@ -80,21 +80,17 @@ def _described(run: RunView) -> list[str]:
     summary, load = run.summary, view.child(run.summary, "workload")
     lengths = [units.count(view.num(load, key)) for key in ("input_tokens", "output_tokens")]
     fixed = not (load.get("trace") or load.get("prompts") or (load.get("turns") or 1) > 1)
-    trials = view.num(load, "trials")
-    return [
-        part
-        for part in (
-            f"{view.text(summary, 'engine', 'kind')} {view.text(summary, 'engine', 'version')}".strip(),
-            f"{lengths[0]} tokens in, {lengths[1]} out" if units.MISSING not in lengths and fixed else "",
-            _MODES.get(view.text(load, "mode"), view.text(load, "mode")),
-            "stamped in the openai client" if view.text(load, "transport") == "openai" else "",
-            f"{units.count(trials)} trial{'' if trials == 1 else 's'} a point" if math.isfinite(trials) else "",
-            view.text(run.run, "started_at").replace("T", " ").removesuffix("+00:00") + " UTC"
-            if view.text(run.run, "started_at").endswith("+00:00")
-            else view.text(run.run, "started_at"),
-        )
-        if part
-    ]
+    trials, started = view.num(load, "trials"), view.text(run.run, "started_at")
+    utc = " UTC" if started.endswith("+00:00") else ""
+    parts = (
+        f"{view.text(summary, 'engine', 'kind')} {view.text(summary, 'engine', 'version')}".strip(),
+        f"{lengths[0]} tokens in, {lengths[1]} out" if units.MISSING not in lengths and fixed else "",
+        _MODES.get(view.text(load, "mode"), view.text(load, "mode")),
+        "stamped in the openai client" if view.text(load, "transport") == "openai" else "",
+        f"{units.count(trials)} trial{'' if trials == 1 else 's'} a point" if math.isfinite(trials) else "",
+        started.replace("T", " ").removesuffix("+00:00") + utc if utc else started,
+    )
+    return [part for part in parts if part]
 
 
 def _verdict_of(run: RunView, name: str) -> dict[str, Any]:
@@ -217,38 +213,22 @@ def _spread(point: Json, shown: Shown) -> str:
 
 def _glance(runs: Sequence[RunView]) -> Table:
     """Several runs in one table: the best point of each."""
-    head = [
-        tables.column("Run"),
-        tables.column("Validity"),
-        tables.column("Most output"),
-        tables.column("at"),
-        *(tables.column(shown.short) for shown in HEADLINES[:3]),
-        tables.column("Limited by"),
-        tables.column("Errors", style="wrap"),
-    ]
+    head = [*map(column, ("Run", "Validity", "Most output", "at", *(shown.short for shown in HEADLINES[:3]), "Limited by")),
+            column("Errors", style="wrap")]  # fmt: skip
     body = []
     for name, run in zip(view.labels(runs), runs, strict=True):
+        row = [heading(name, view.text(run.summary, "hardware", "name"))]
         found = view.best(run, "output_tokens_per_s", highest=True)
-        row = [tables.heading(name, view.text(run.summary, "hardware", "name"))]
         if found is None:
-            body.append(
-                [
-                    *row,
-                    tables.stamp(view.verdict_of(run.summary)),
-                    tables.Cell("no measured point", style="missing", span=7),
-                ]
-            )
+            word = view.verdict_of(run.summary)
+            body.append([*row, stamp(word), Cell("no measured point", style="missing", span=7)])
             continue
         key, point = found
-        body.append(
-            [
-                *row,
-                tables.stamp(view.verdict_of(point)),
-                tables.figure(units.rate(view.num(point, "output_tokens_per_s"), "tokens", 3)),
-                tables.Cell(view.key_label(key, full=True)),
-                *(tables.figure(units.seconds(view.measured(point, shown.key).value, 3)) for shown in HEADLINES[:3]),
-                tables.Cell(view.limit_word(view.text(point, "predicted", "limit")) or "–"),
-                tables.Cell(view.failures(point) or "none", style="wrap"),
-            ]
-        )
+        body.append([
+            *row, stamp(view.verdict_of(point)), figure(units.rate(view.num(point, "output_tokens_per_s"), "tokens", 3)),
+            Cell(view.key_label(key, full=True)),
+            *(figure(units.seconds(view.measured(point, shown.key).value, 3)) for shown in HEADLINES[:3]),
+            Cell(view.limit_word(view.text(point, "predicted", "limit")) or "–"),
+            Cell(view.failures(point) or "none", style="wrap"),
+        ])  # fmt: skip
     return Table("table-glance", "The best point of each run", [head], body)
