@@ -22,14 +22,8 @@ FORMAT = 1
 BLOCK = 2048  # requests at once: with 150 stamps each some 2.5 MB, and tens of times that while they are read
 # Columns that files of the first weeks lack: they read as missing.
 LATER = (
-    "asked_input_tokens",
-    "asked_output_tokens",
-    "tls_s",
-    "first_event_s",
-    "last_event_s",
-    "choice_events",
-    "notes",
-)
+    "asked_input_tokens", "asked_output_tokens", "tls_s", "first_event_s", "last_event_s", "choice_events", "notes",
+)  # fmt: skip
 NOTHING: dict[str, Any] = {"journals": {}, "events": [], "notes": []}
 CHUNKS = ("chunk_s", "chunk_tokens")
 # Times hardly repeat: a dictionary of them costs three times the writing, and twice the room.

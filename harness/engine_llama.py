@@ -15,33 +15,16 @@ from typing import Any
 
 # option of llama-server -> field of xllamacpp.CommonParams; a leading "no-" on the option negates a switch.
 FIELDS = {
-    "alias": "model_alias",
-    "api-key": "api_keys",
-    "batch-size": "n_batch",
-    "cont-batching": "cont_batching",
-    "ctx-size": "n_ctx",
-    "flash-attn": "flash_attn_type",
-    "host": "hostnames",
-    "metrics": "endpoint_metrics",
-    "model": "model.path",
-    "parallel": "n_parallel",
-    "props": "endpoint_props",
-    "slots": "endpoint_slots",
-    "threads": "cpuparams.n_threads",
-    "threads-batch": "cpuparams_batch.n_threads",
-    "threads-http": "n_threads_http",
+    "alias": "model_alias", "api-key": "api_keys", "batch-size": "n_batch", "cont-batching": "cont_batching",
+    "ctx-size": "n_ctx", "flash-attn": "flash_attn_type", "host": "hostnames", "metrics": "endpoint_metrics",
+    "model": "model.path", "parallel": "n_parallel", "props": "endpoint_props", "slots": "endpoint_slots",
+    "threads": "cpuparams.n_threads", "threads-batch": "cpuparams_batch.n_threads", "threads-http": "n_threads_http",
     "ubatch-size": "n_ubatch",
-}
+}  # fmt: skip
 SHORT = {
-    "-a": "alias",
-    "-b": "batch-size",
-    "-c": "ctx-size",
-    "-m": "model",
-    "-np": "parallel",
-    "-t": "threads",
-    "-tb": "threads-batch",
-    "-ub": "ubatch-size",
-}
+    "-a": "alias", "-b": "batch-size", "-c": "ctx-size", "-m": "model", "-np": "parallel", "-t": "threads",
+    "-tb": "threads-batch", "-ub": "ubatch-size",
+}  # fmt: skip
 
 
 def place(params: Any, option: str) -> tuple[Any, str]:

@@ -129,13 +129,8 @@ def _text(value: Any) -> str | None:
 def _record(id: int, sent_s: float, chunk_s: Floats, **more: Any) -> Record:
     """A request of a tool; its times in seconds after `sent_s`, which counts from the first request sent."""
     values: dict[str, Any] = {
-        "point": 0,
-        "trial": 0,
-        "wave": 0,
-        "warmup": False,
-        "scheduled_s": NAN,
-        "token_source": "tool",
-    }
+        "point": 0, "trial": 0, "wave": 0, "warmup": False, "scheduled_s": NAN, "token_source": "tool",
+    }  # fmt: skip
     if not more.get("error_class"):
         values |= {"status": 200, "end_s": sent_s + float(chunk_s[-1])}
     return Record(id=id, sent_s=sent_s, chunk_s=chunk_s.astype(np.float32), chunk_tokens=np.ones(len(chunk_s), np.int32),

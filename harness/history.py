@@ -12,18 +12,8 @@ from harness import baseline, stats
 from harness.records import RidgelineError
 
 COLUMNS = (
-    "started_at",
-    "name",
-    "engine_version",
-    "driver",
-    "ridgeline",
-    "point",
-    "metric",
-    "trials",
-    "mean",
-    "low",
-    "high",
-)
+    "started_at", "name", "engine_version", "driver", "ridgeline", "point", "metric", "trials", "mean", "low", "high",
+)  # fmt: skip
 KEPT = (*(f"{name}_{q}" for name in ("ttft", "itl", "e2e") for q in ("p50", "p95")), "output_tokens_per_s")
 
 

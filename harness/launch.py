@@ -82,21 +82,11 @@ def from_scenario(scenario: Scenario, key: str = "") -> EngineSpec:
     if "slots" not in engine.model_fields_set and workload.mode != "open":
         slots = max(workload.batch_sizes)
     return EngineSpec(
-        kind=engine.kind,
-        model=engine.model,
-        url=engine.url,
-        python=engine.python,
-        binary=engine.binary,
-        args=tuple(engine.args),
-        env=dict(engine.env),
-        served_name=engine.served_name,
-        port=engine.port,
-        ready_timeout_s=engine.ready_timeout_s,
-        slots=slots,
-        context_tokens=engine.context_tokens or math.ceil(needed / 256) * 256,
-        threads=engine.threads,
-        api_key=key,
-    )
+        kind=engine.kind, model=engine.model, url=engine.url, python=engine.python, binary=engine.binary,
+        args=tuple(engine.args), env=dict(engine.env), served_name=engine.served_name, port=engine.port,
+        ready_timeout_s=engine.ready_timeout_s, slots=slots,
+        context_tokens=engine.context_tokens or math.ceil(needed / 256) * 256, threads=engine.threads, api_key=key,
+    )  # fmt: skip
 
 
 def llama_cpp(spec: EngineSpec, port: int) -> Launch:

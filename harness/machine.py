@@ -34,12 +34,8 @@ DISTURBED_SHARE = 0.1
 CACHES_APART = 4  # a set of so many last-level caches is read from memory, not from the cache
 FAR_BYTES = 512 * MIB
 BLAS_THREADS = (
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "BLIS_NUM_THREADS",
-    "OMP_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-)
+    "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
+)  # fmt: skip
 NOTE = (
     "measured with numpy, best of several sizes and thread counts; fp32 only: the rates of other dtypes cannot be measured"
     " with numpy, and predictions fall back to this one"
@@ -265,15 +261,10 @@ def measure(
     if cache and set_bytes < CACHES_APART * cache:
         notes.append(f"that set is {set_bytes / cache:.1f} times the last-level cache, which serves part of it")
     return {
-        "name": f"{cpu_model()} ({cores} cores)",
-        "vendor": cpu_model().split()[0],
-        "flops": {"fp32": flops[by_flops]},
-        "mem_bytes": memory_bytes(),
-        "bytes_per_s": bandwidth[by_memory],
-        "source": "measured by `ridgeline machine`",
-        "notes": "; ".join(notes),
-        "measured": True,
-    }
+        "name": f"{cpu_model()} ({cores} cores)", "vendor": cpu_model().split()[0],
+        "flops": {"fp32": flops[by_flops]}, "mem_bytes": memory_bytes(), "bytes_per_s": bandwidth[by_memory],
+        "source": "measured by `ridgeline machine`", "notes": "; ".join(notes), "measured": True,
+    }  # fmt: skip
 
 
 def disk_bytes_per_s(file: Path, budget_s: float = 1.0) -> float:

@@ -34,27 +34,13 @@ def config(shape: tuple[int, int, int, int, int]) -> dict[str, Any]:
     """The config.json of a Llama of this shape, in the words of Hugging Face."""
     hidden, feed_forward, layers, heads, kv_heads = shape
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": feed_forward,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": hidden // heads,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": CONTEXT_TOKENS,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10_000.0,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "dtype": "bfloat16",
-        "torch_dtype": "bfloat16",
-    }
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": feed_forward, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": hidden // heads, "vocab_size": VOCABULARY,
+        "max_position_embeddings": CONTEXT_TOKENS, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
+        "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1,
+        "eos_token_id": 2, "dtype": "bfloat16", "torch_dtype": "bfloat16",
+    }  # fmt: skip
 
 
 def package_text() -> Iterator[str]:
@@ -101,14 +87,9 @@ def write(folder: Path, shape: tuple[int, int, int, int, int]) -> None:
     """Write config.json, tokenizer.json and tokenizer_config.json into `folder` (made if need be)."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "model_max_length": CONTEXT_TOKENS,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "model_max_length": CONTEXT_TOKENS, "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+    }  # fmt: skip
     (folder / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=1) + "\n", encoding="utf-8")
     # Last, so that a folder with a config is a whole one.

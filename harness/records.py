@@ -190,13 +190,8 @@ class Table:
 
 SCALAR_COLUMNS = tuple(name for name in Table.__slots__ if name not in ("chunk_s", "chunk_tokens", "start"))
 COUNTS = (
-    "input_tokens",
-    "output_tokens",
-    "cached_tokens",
-    "asked_input_tokens",
-    "asked_output_tokens",
-    "choice_events",
-)
+    "input_tokens", "output_tokens", "cached_tokens", "asked_input_tokens", "asked_output_tokens", "choice_events",
+)  # fmt: skip
 TEXTS = ("token_source", "finish_reason", "error_class", "error", "notes")
 
 

@@ -8,13 +8,9 @@ from harness.metrics import METRICS, Metric
 from harness.report.view import RunView
 
 NAMES = {
-    "ttft": "TTFT",
-    "itl": "ITL",
-    "tpot": "TPOT",
-    "e2e": "E2E",
-    "chunk_gap": "Gap between network chunks",
+    "ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E", "chunk_gap": "Gap between network chunks",
     "ttft_scheduled": "TTFT as scheduled",
-}
+}  # fmt: skip
 LEVELS = {"request": "one figure for each request", "gap": "one figure for each gap"}
 WORDS = (
     ("Batch size", "Requests that the server works on together. Asked for by the scenario; what the server really ran is told beside it."),

@@ -24,13 +24,9 @@ __all__ = ["FAMILIES", "Model", "from_config", "from_gguf"]
 
 # model_type of a model with a text part of its own -> the family of that part, where it says none that is covered.
 MULTIMODAL = {
-    "gemma3": "gemma3_text",
-    "mistral3": "mistral",
-    "llama4": "llama4_text",
-    "kimi_k25": "kimi_k2",
-    "qwen3_vl": "qwen3",
-    "qwen3_vl_moe": "qwen3_moe",
-}
+    "gemma3": "gemma3_text", "mistral3": "mistral", "llama4": "llama4_text", "kimi_k25": "kimi_k2",
+    "qwen3_vl": "qwen3", "qwen3_vl_moe": "qwen3_moe",
+}  # fmt: skip
 
 # Keys whose presence means another kind of model, whatever model_type says.
 FOREIGN = {

@@ -71,25 +71,9 @@ def _entry(row: dict[str, Any]) -> Entry:
 
 # Words of a name that change what a model was taught, or who gave it, not its shape.
 SAME_SHAPE = {
-    "meta",
-    "hf",
-    "instruct",
-    "chat",
-    "it",
-    "pt",
-    "base",
-    "thinking",
-    "think",
-    "preview",
-    "dynamic",
-    "v",
-    "bf",
-    "fp",
-    "kv",
-    "quantized",
-    "gguf",
-    "ggml",
-}
+    "meta", "hf", "instruct", "chat", "it", "pt", "base", "thinking", "think", "preview", "dynamic", "v", "bf", "fp",
+    "kv", "quantized", "gguf", "ggml",
+}  # fmt: skip
 # Words that say how its weights were quantized -> the quantization_config that they stand for.
 _INT8 = {"weights": {"num_bits": 8, "type": "int"}, "input_activations": {"num_bits": 8}}
 QUANTIZED: dict[str, dict[str, Any]] = {

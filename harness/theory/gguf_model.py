@@ -15,33 +15,10 @@ from harness.theory.shape import PARTS, Layers, Model
 
 # Architectures of llama.cpp that are decoders with a KV cache in every layer.
 GGUF_FAMILIES = (
-    "llama",
-    "qwen2",
-    "qwen2moe",
-    "qwen3",
-    "qwen3moe",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "phi2",
-    "phi3",
-    "phimoe",
-    "gpt2",
-    "gptj",
-    "gptneox",
-    "gpt-oss",
-    "bloom",
-    "falcon",
-    "stablelm",
-    "starcoder2",
-    "command-r",
-    "cohere2",
-    "granite",
-    "smollm3",
-    "olmo2",
-    "olmoe",
-    "deepseek2",
-)
+    "llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "phi2", "phi3", "phimoe", "gpt2",
+    "gptj", "gptneox", "gpt-oss", "bloom", "falcon", "stablelm", "starcoder2", "command-r", "cohere2", "granite",
+    "smollm3", "olmo2", "olmoe", "deepseek2",
+)  # fmt: skip
 # Architecture -> one of so many layers attends to everything, the others within the window; 0: none does.
 FULL_EVERY = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "cohere2": 4, "phi3": 0, "llama": 0}
 Tensors = Sequence[tuple[str, tuple[int, ...], int]]
