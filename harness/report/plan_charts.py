@@ -16,9 +16,6 @@ from harness.report.view import Json
 INKS = ("measured", "third", "second", "fourth", "predicted")
 MARKS = ("circle", "square", "diamond", "triangle-up", "star")
 MOST = 60  # marks of a line, evenly spread over the logarithm of the batch
-_LEGEND = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.15, "yanchor": "top", "font": {"size": 11.5},
-           "itemclick": False, "itemdoubleclick": False}  # fmt: skip
-_MARGIN = {"l": 56, "r": 14, "t": 10, "b": 46}
 
 
 def name_of(way: Way) -> str:
@@ -49,30 +46,40 @@ def places(way: Way) -> list[int]:
     return sorted({int(b) - 1 for b in spread} | {way.batch - 1})
 
 
-def _line(found: Plan, way: Way, x: Callable[[Way, int], float], y: Callable[[Way, int], float],
-          hover: Callable[[Way, int], list[str]]) -> list[Json]:  # fmt: skip
+def _told(way: Way, place: int) -> list[str]:
+    assert way.curve is not None
+    times = [f"{planning_text.label(n)} {units.seconds(s.value, 3)} ({units.interval(s.low, s.high, lambda v: units.seconds(v, 3))})"
+             for n in way.curve.times for s in [way.curve.time(n, place)]]  # fmt: skip
+    return [f"batch {place + 1}", units.rate(way.curve.at(place).value, "tokens", 3), *times]
+
+
+def _line(found: Plan, way: Way, x: Callable[[Way, int], float], y: Callable[[Way, int], float]) -> list[Json]:
     ink, mark = _ink(found, way)
-    at = places(way)
+    at, planned = places(way), way.batch - 1
     return [
         {"type": "scatter", "mode": "lines", "name": charts.inert(f"{way.tp} × {way.hardware.name}"), "x": [x(way, k) for k in at],
          "y": [y(way, k) for k in at], "hoverinfo": "text", "line": {"color": ink, "width": 1.8, "dash": "dash"},
-         "hovertext": [charts.tooltip([name_of(way), "predicted", *hover(way, k)]) for k in at]},
-        {"type": "scatter", "mode": "markers", "showlegend": False, "x": [x(way, way.batch - 1)], "cliponaxis": False,
-         "y": [y(way, way.batch - 1)], "hoverinfo": "text",
-         "hovertext": [charts.tooltip([name_of(way), "planned", *hover(way, way.batch - 1)])],
+         "hovertext": [charts.tooltip([name_of(way), "predicted", *_told(way, k)]) for k in at]},
+        {"type": "scatter", "mode": "markers", "showlegend": False, "x": [x(way, planned)], "cliponaxis": False,
+         "y": [y(way, planned)], "hoverinfo": "text",
+         "hovertext": [charts.tooltip([name_of(way), "planned", *_told(way, planned)])],
          "marker": {"symbol": mark, "size": 11, "color": charts.colour("paper"), "line": {"width": 2, "color": ink}}},
     ]  # fmt: skip
 
 
-def _points(found: Plan, way: Way, x: Callable[[Point], float], y: Callable[[Point], float],
-            hover: Callable[[Point], list[str]]) -> Json:  # fmt: skip
+def _times_text(point: Point) -> list[str]:
+    return [f"batch {units.number(point.batch, 3)}", units.rate(point.tokens_per_s.value, "tokens", 3),
+            *(f"{planning_text.label(n)} {units.seconds(s.value, 3)}" for n, s in point.times.items())]  # fmt: skip
+
+
+def _points(found: Plan, way: Way, x: Callable[[Point], float], y: Callable[[Point, Way], float]) -> Json:
     assert way.run is not None
     ink, mark = _ink(found, way)
-    kept = [p for p in way.run.points if p.verdict != "invalid" and x(p) > 0 and y(p) > 0]
+    kept = [p for p in way.run.points if p.verdict != "invalid" and x(p) > 0 and y(p, way) > 0]
     return {
         "type": "scatter", "mode": "lines+markers", "name": charts.inert(f"{way.run.name} (measured)"), "cliponaxis": False,
-        "x": [x(p) for p in kept], "y": [y(p) for p in kept], "hoverinfo": "text", "line": {"color": ink, "width": 2},
-        "hovertext": [charts.tooltip([way.run.name, f"measured, {p.verdict}", *hover(p)]) for p in kept],
+        "x": [x(p) for p in kept], "y": [y(p, way) for p in kept], "hoverinfo": "text", "line": {"color": ink, "width": 2},
+        "hovertext": [charts.tooltip([way.run.name, f"measured, {p.verdict}", *_times_text(p)]) for p in kept],
         "marker": {"symbol": mark, "size": 10, "color": ink, "line": {"width": 1, "color": charts.colour("paper")}},
     }  # fmt: skip
 
@@ -81,24 +88,30 @@ def _batch(way: Way, place: int) -> float:
     return float(place + 1)
 
 
-def _both(found: Plan, x: Callable[[Way, int], float], y: Callable[[Way, int], float],
-          hover: Callable[[Way, int], list[str]], px: Callable[[Point], float], py: Callable[[Point, Way], float],
-          point_hover: Callable[[Point], list[str]]) -> list[Json]:  # fmt: skip
-    data = [trace for way in lines(found) for trace in _line(found, way, x, y, hover)]
-    data += [_points(found, way, px, lambda p, way=way: py(p, way), point_hover) for way in runs(found)]  # type: ignore[misc]
+def _each(way: Way, place: int) -> float:
+    """Output tokens per second of an accelerator."""
+    assert way.curve is not None
+    return way.curve.at(place).value / way.tp
+
+
+def _measured_each(point: Point, way: Way) -> float:
+    return point.tokens_per_s.value / way.tp
+
+
+def _both(found: Plan, x: Callable[[Way, int], float], y: Callable[[Way, int], float], px: Callable[[Point], float],
+          py: Callable[[Point, Way], float]) -> list[Json]:  # fmt: skip
+    data = [trace for way in lines(found) for trace in _line(found, way, x, y)]
+    data += [_points(found, way, px, py) for way in runs(found)]
     return [trace for trace in data if trace["x"]]
 
 
-def _times_text(point: Point) -> list[str]:
-    return [f"batch {units.number(point.batch, 3)}", units.rate(point.tokens_per_s.value, "tokens", 3),
-            *(f"{planning_text.label(n)} {units.seconds(s.value, 3)}" for n, s in point.times.items())]  # fmt: skip
-
-
-def _told(way: Way, place: int) -> list[str]:
-    assert way.curve is not None
-    times = [f"{planning_text.label(n)} {units.seconds(s.value, 3)} ({units.interval(s.low, s.high, lambda v: units.seconds(v, 3))})"
-             for n in way.curve.times for s in [way.curve.time(n, place)]]  # fmt: skip
-    return [f"batch {place + 1}", units.rate(way.curve.at(place).value, "tokens", 3), *times]
+def _drawn(data: Sequence[Json], across: Json, up: Json) -> Figure:
+    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.15, "yanchor": "top", "font": {"size": 11.5},
+              "itemclick": False, "itemdoubleclick": False}  # fmt: skip
+    margin = {"l": 56, "r": 14, "t": 10, "b": 46}
+    return charts.figure_of(
+        data, {"xaxis": across, "yaxis": up, "legend": legend, "margin": margin, "showlegend": True}
+    )
 
 
 def over_batch(found: Plan, objective: Objective) -> Figure | None:
@@ -109,9 +122,7 @@ def over_batch(found: Plan, objective: Objective) -> Figure | None:
         assert way.curve is not None
         return factor * way.curve.time(objective.name, place).value
 
-    data = _both(
-        found, _batch, y, _told, lambda p: p.batch, lambda p, _: factor * p.times[objective.name].value, _times_text
-    )
+    data = _both(found, _batch, y, lambda p: p.batch, lambda p, _: factor * p.times[objective.name].value)
     if not data:
         return None
     top = math.log10(max(x for trace in data for x in trace["x"]) * 1.15)
@@ -121,33 +132,19 @@ def over_batch(found: Plan, objective: Objective) -> Figure | None:
     largest = max((y for trace in data for y in trace["y"] if math.isfinite(y)), default=math.nan)
     if math.isnan(largest):  # one output token has no time between tokens
         return None
-    up = charts.axis(
-        f"{planning_text.label(objective.name)}, {unit}",
-        range=[0, factor * objective.bound_s * 1.08 * min(max(largest / factor / objective.bound_s, 1), 4)],
-    )
+    most = factor * objective.bound_s * 1.08 * min(max(largest / factor / objective.bound_s, 1), 4)
+    up = charts.axis(f"{planning_text.label(objective.name)}, {unit}", range=[0, most])
     across = charts.axis(
         "Batch in flight on a replica", type="log", dtick="D2", showgrid=False, range=[math.log10(0.9), top]
     )
-    return charts.figure_of(
-        [bound, *data], {"xaxis": across, "yaxis": up, "legend": _LEGEND, "margin": _MARGIN, "showlegend": True}
-    )
+    return _drawn([bound, *data], across, up)
 
 
 def speed(found: Plan) -> Figure | None:
     """Output tokens per second of an accelerator over the batch in flight; both logarithmic."""
-
-    def y(way: Way, place: int) -> float:
-        assert way.curve is not None
-        return way.curve.at(place).value / way.tp
-
-    data = _both(found, _batch, y, _told, lambda p: p.batch, lambda p, way: p.tokens_per_s.value / way.tp, _times_text)
-    if not data:
-        return None
+    data = _both(found, _batch, _each, lambda p: p.batch, _measured_each)
     across = charts.axis("Batch in flight on a replica", type="log", dtick="D2", showgrid=False)
-    up = charts.axis("output tokens/s, each", type="log", dtick="D2")
-    return charts.figure_of(
-        data, {"xaxis": across, "yaxis": up, "legend": _LEGEND, "margin": _MARGIN, "showlegend": True}
-    )
+    return _drawn(data, across, charts.axis("output tokens/s, each", type="log", dtick="D2")) if data else None
 
 
 def pareto(found: Plan) -> Figure | None:
@@ -157,22 +154,13 @@ def pareto(found: Plan) -> Figure | None:
         assert way.curve is not None
         return float(1 / way.curve.found.columns["itl_s"].value[place])
 
-    def y(way: Way, place: int) -> float:
-        assert way.curve is not None
-        return way.curve.at(place).value / way.tp
-
     def user(point: Point) -> float:
         itl = [s.value for n, s in point.times.items() if n in ("itl_mean", "tpot_mean", "tpot_p50", "itl_p50")]
         return 1 / itl[0] if itl and itl[0] > 0 else point.tokens_per_s.value / point.batch
 
-    data = _both(found, x, y, _told, user, lambda p, way: p.tokens_per_s.value / way.tp, _times_text)
-    if not data:
-        return None
+    data = _both(found, x, _each, user, _measured_each)
     across = charts.axis("output tokens/s for one user (1 / ITL)", rangemode="tozero")
-    up = charts.axis("output tokens/s, each", type="log", dtick="D2")
-    return charts.figure_of(
-        data, {"xaxis": across, "yaxis": up, "legend": _LEGEND, "margin": _MARGIN, "showlegend": True}
-    )
+    return _drawn(data, across, charts.axis("output tokens/s, each", type="log", dtick="D2")) if data else None
 
 
 def costs(found: Plan, ways: Sequence[Way]) -> Figure | None:
