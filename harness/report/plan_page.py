@@ -10,31 +10,19 @@ from harness.planning import Advice, Plan, Way
 from harness.planning_text import label, usd
 from harness.report import plan_charts, plan_tables, view
 from harness.report.page import document
-from harness.report.section import Block, Charts, Section
+from harness.report.section import Block, Charts, Parts, Section
 
 STYLES = {"yes": "valid", "only with": "suspect", "cannot tell": "suspect", "no": "invalid"}
 GLOSSARY = (
-    (
-        "Batch",
-        "Requests that one replica works on together, kept in flight. Set the engine's limit (max_num_seqs) to it.",
-    ),
+    ("Batch", "Requests that one replica works on together, kept in flight. Set the engine's limit (max_num_seqs) to it."),
     ("Replica", "One copy of the model on tp accelerators that share each of its layers (tensor parallelism)."),
-    (
-        "TTFT, ITL, TPOT, E2E",
-        "Time to the first token; between two tokens; per token averaged over an answer; to the last token.",
-    ),
+    ("TTFT, ITL, TPOT, E2E", "Time to the first token; between two tokens; per token averaged over an answer; to the last token."),
     ("p95", "95 of 100 requests (of ITL: of gaps between tokens) take no longer."),
     ("90 % interval", "Where nine of ten public measurements lay around such a prediction, kind by kind."),
-    (
-        "SLO",
-        "The times that must hold. A way meets them if even the upper ends of its intervals do, and may if its values do.",
-    ),
+    ("SLO", "The times that must hold. A way meets them if even the upper ends of its intervals do, and may if its values do."),
     ("What binds", "What the first larger batch would break, and what most of that time is."),
-    (
-        "Price",
-        "US dollars for an hour of one accelerator: yours (--price), or the first in the table that somebody can rent at.",
-    ),
-)
+    ("Price", "US dollars for an hour of one accelerator: yours (--price), or the first in the table that somebody can rent at."),
+)  # fmt: skip
 
 
 def render(found: Plan, told: Advice | None, command: str) -> str:
@@ -59,8 +47,7 @@ def render(found: Plan, told: Advice | None, command: str) -> str:
 
 def _sections(found: Plan, told: Advice | None, command: str) -> list[tuple[str, str, str, Any]]:
     way = found.choice
-    measure = {"lead": planning_text.measure(found, told), "tables": [], "points": [],
-               "command": planning_text.command_of(told) if told else ""}  # fmt: skip
+    measure = Parts(planning_text.measure(found, told), command=planning_text.command_of(told) if told else "")
     return [
         ("verdict", "Verdict", "plan", _verdict(found, told)),
         ("limit", "What limits it", "parts", _limit(found, way)),
@@ -68,11 +55,11 @@ def _sections(found: Plan, told: Advice | None, command: str) -> list[tuple[str,
         ("slo", "Times over the batch", "charts", _times(found)),
         ("throughput", "Throughput", "charts", _throughput(found)),
         *([("measure", "What to measure first", "parts", measure)] if told else []),
-        ("ways", "Every way", "parts", {"lead": planning_text.lever(found), "tables": [plan_tables.every(found)], "points": [], "command": ""}),
+        ("ways", "Every way", "parts", Parts(planning_text.lever(found), [plan_tables.every(found)])),
         ("article", "The article's table, and what is right", "parts", _article(found)),
-        ("prices", "Prices and hardware", "parts", {"lead": "", "tables": [plan_tables.prices(found)], "points": _doubts(found), "command": ""}),
-        ("method", "How this was worked out", "parts", {"lead": "", "tables": [], "points": _method(found), "command": ""}),
-        ("repeat", "How to reproduce", "parts", {"lead": "", "tables": [], "points": [], "command": command}),
+        ("prices", "Prices and hardware", "parts", Parts(tables=[plan_tables.prices(found)], points=_doubts(found))),
+        ("method", "How this was worked out", "parts", Parts(points=_method(found))),
+        ("repeat", "How to reproduce", "parts", Parts(command=command)),
         ("glossary", "Glossary", "glossary", GLOSSARY),
     ]  # fmt: skip
 
@@ -116,31 +103,22 @@ def _tiles(found: Plan, way: Way) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _limit(found: Plan, way: Way | None) -> dict[str, Any]:
+def _limit(found: Plan, way: Way | None) -> Parts:
     shown = way or next((w for w in found.best if w.curve), None)
     if shown is None:
-        return {"lead": "Nothing was predicted.", "tables": [], "points": [], "command": ""}
+        return Parts("Nothing was predicted.")
     points = []
-    if shown.curve is not None:
-        for o in found.objectives:
-            at = {
-                name: float(v[shown.batch - 1])
-                for name, v in shown.curve.terms[o.name].items()
-                if v[shown.batch - 1] > 0
-            }
-            if at and math.isfinite(sum(at.values())):
-                whole = sum(at.values())
-                top = sorted(at.items(), key=lambda pair: -pair[1])[:4]
-                named = " + ".join(f"{name} {units.seconds(v, 3)}" for name, v in top)
-                rest = whole - sum(v for _, v in top)
-                others = f" + others {units.seconds(rest, 3)}" if rest > 1e-9 * whole else ""
-                points.append(f"{label(o.name)} {units.seconds(whole, 3)} = {named}{others}.")
-    return {
-        "lead": planning_text.binding_sentence(shown),
-        "tables": plan_tables.terms(found, shown),
-        "points": points,
-        "command": "",
-    }
+    for o in found.objectives if shown.curve else ():
+        assert shown.curve
+        terms = {name: float(v[shown.batch - 1]) for name, v in shown.curve.terms[o.name].items()}
+        top = sorted(((name, v) for name, v in terms.items() if v > 0), key=lambda pair: -pair[1])
+        whole = sum(v for _, v in top)
+        if top and math.isfinite(whole):
+            named = " + ".join(f"{name} {units.seconds(v, 3)}" for name, v in top[:4])
+            rest = whole - sum(v for _, v in top[:4])
+            others = f" + others {units.seconds(rest, 3)}" if rest > 1e-9 * whole else ""
+            points.append(f"{label(o.name)} {units.seconds(whole, 3)} = {named}{others}.")
+    return Parts(planning_text.binding_sentence(shown), plan_tables.terms(found, shown), points)
 
 
 def _cost(found: Plan) -> Charts:
@@ -177,10 +155,8 @@ def _throughput(found: Plan) -> Charts:
     finding = (f"{best.hardware.name} gives most: {units.count(best.tokens_per_s.value / best.tp)} output tokens/s from each "
                f"accelerator at batch {units.count(best.batch)}." if best else "Nothing fits.")  # fmt: skip
     read = _MARKS + "Where a line bends, arithmetic begins to bind; where it ends, memory does."
-    user = (
-        _MARKS
-        + "Up and to the right is better: more tokens from the hardware, and faster for each user. Each line runs from batch 1 (right) to the largest."
-    )
+    user = (_MARKS + "Up and to the right is better: more tokens from the hardware, and faster for each user. Each line runs from "
+            "batch 1 (right) to the largest.")  # fmt: skip
     return Charts([
         Block("chart-speed", "Throughput over the batch", finding, read,
               plan_tables.speeds(found, "table-speed", "Output tokens/s at some batches"), plan_charts.speed(found)),
@@ -189,10 +165,10 @@ def _throughput(found: Plan) -> Charts:
     ], tall=True)  # fmt: skip
 
 
-def _article(found: Plan) -> dict[str, Any]:
+def _article(found: Plan) -> Parts:
     lead = ("The table that this project grew from, its claims one by one, and the same table for what was asked here. Times in "
             "the article follow from 46, 23 and 6 ms per token, cut from 46.7, 23.3 and 6.87.")  # fmt: skip
-    return {"lead": lead, "tables": [plan_tables.ledger(), plan_tables.same_for(found)], "points": [], "command": ""}
+    return Parts(lead, [plan_tables.ledger(), plan_tables.same_for(found)])
 
 
 def _doubts(found: Plan) -> list[str]:

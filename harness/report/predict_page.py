@@ -17,7 +17,7 @@ from harness.report import charts, view
 from harness.report.charts import Figure
 from harness.report.page import document
 from harness.report.plan_charts import INKS, MARKS
-from harness.report.section import Block, Charts, Section
+from harness.report.section import Block, Charts, Parts, Section
 from harness.report.tables import Cell, Row, Table, column, figure, heading
 from harness.report.view import HEADLINES, Json, Shown
 from harness.theory.hardware import Hardware
@@ -73,12 +73,12 @@ def render(parts: Sequence[Part], model: str, mode: str, command: str) -> str:
     best = _best(lines)
     built: list[tuple[Section, Any]] = [
         (Section(key, name, form, lambda _: None), content) for key, name, form, content in (
-            ("verdict", "At a glance", "parts", {"lead": best, "tables": [_glance(lines)], "points": _missing(parts), "command": ""}),
+            ("verdict", "At a glance", "parts", Parts(best, [_glance(lines)], _missing(parts))),
             ("figures", "Figures", "charts", _charts(lines, parts)),
             *([("beside", "Beside another predictor", "parts", _beside(parts))] if any(p.other for p in parts) else []),
             ("time", "Where the time goes", "parts", _apart(lines)),
-            ("doubts", "Hardware and doubts", "parts", {"lead": "", "tables": [_rows(parts)], "points": _notes(parts), "command": ""}),
-            ("repeat", "How to reproduce", "parts", {"lead": "", "tables": [], "points": [], "command": command}),
+            ("doubts", "Hardware and doubts", "parts", Parts(tables=[_rows(parts)], points=_notes(parts))),
+            ("repeat", "How to reproduce", "parts", Parts(command=command)),
             ("glossary", "Glossary", "glossary", GLOSSARY),
         )]  # fmt: skip
     framework = next((part.sweep.setup.framework.name for part in parts if part.sweep), "")
@@ -176,21 +176,14 @@ def _charts(lines: Sequence[_Line], parts: Sequence[Part]) -> Charts:
         Block(f"chart-{shown.key}", shown.name, _finding(lines, shown), read, _bounds(lines, shown), _figure(lines, shown))
         for shown in HEADLINES
     ]  # fmt: skip
-    more = (
-        [f"Only the first {MOST_LINES} of {len(lines)} lines are drawn; the tables have all."]
-        if len(lines) > MOST_LINES
-        else []
-    )
+    cut = f"Only the first {MOST_LINES} of {len(lines)} lines are drawn; the tables have all."
+    more = [cut] if len(lines) > MOST_LINES else []
     return Charts(blocks, tall=True, notices=more, otherwise="Points at a rate are in the table above.")
 
 
 def _finding(lines: Sequence[_Line], shown: Shown) -> str:
-    known = [
-        (line.name, p, _metric(p, shown).value)
-        for line in lines
-        for p in line.points
-        if math.isfinite(_metric(p, shown).value)
-    ]
+    every = ((line.name, p, _metric(p, shown).value) for line in lines for p in line.points)
+    known = [row for row in every if math.isfinite(row[2])]
     if not known:
         return "No value."
     name, at, value = (max if shown.higher_is_better else min)(known, key=lambda row: row[2])
@@ -238,7 +231,7 @@ def _bounds(lines: Sequence[_Line], shown: Shown) -> Table:
     return Table(f"table-{shown.key}", f"{shown.name}: predicted, bound, and the articles' arithmetic", [head], body)
 
 
-def _apart(lines: Sequence[_Line]) -> dict[str, Any]:
+def _apart(lines: Sequence[_Line]) -> Parts:
     """The sentences of some points: the smallest and the largest batch of each line."""
     ends = [
         (line.name, p)
@@ -248,10 +241,10 @@ def _apart(lines: Sequence[_Line]) -> dict[str, Any]:
     shown = [f"{name}, batch {p.batch}: {getattr(p, metric).because}" for name, p in ends[:MOST_SENTENCES]
              for metric in (("ttft_s", "itl_s", "mem_bytes") if p.fits else ("e2e_s",))]  # fmt: skip
     lead = "Each prediction is the sum of named terms; here of the smallest and the largest batch, with the numbers put in."
-    return {"lead": lead, "tables": [], "points": shown, "command": ""}
+    return Parts(lead, points=shown)
 
 
-def _beside(parts: Sequence[Part]) -> dict[str, Any]:
+def _beside(parts: Sequence[Part]) -> Parts:
     """Our values and those of the other predictor, point by point."""
     body: list[Row] = []
     for part, s, other in ((p, p.sweep, p.other) for p in parts if p.sweep and p.other):
@@ -266,8 +259,9 @@ def _beside(parts: Sequence[Part]) -> dict[str, Any]:
     head = [column("With"), column("Batch"), column("Tokens"),
             *(column(h.short, small="ours below") for h in HEADLINES if h.key in Other.__dataclass_fields__)]  # fmt: skip
     reasons = dict.fromkeys(f"{_name(p)}: {p.other.reason}" for p in parts if p.other and p.other.reason)
-    return {"lead": f"Figures of {names} for the same points; it interpolates tables of measured kernels and has no intervals; of a wave all first tokens come together there.",
-            "tables": [Table("table-beside", names, [head], body)] if body else [], "points": list(reasons), "command": ""}  # fmt: skip
+    lead = (f"Figures of {names} for the same points; it interpolates tables of measured kernels and has no intervals; of a wave "
+            "all first tokens come together there.")  # fmt: skip
+    return Parts(lead, [Table("table-beside", names, [head], body)] if body else [], list(reasons))
 
 
 def _rows(parts: Sequence[Part]) -> Table:

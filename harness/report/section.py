@@ -43,6 +43,16 @@ class Charts:
 
 
 @dataclass(frozen=True, slots=True)
+class Parts:
+    """The content of a section of text and tables; what is empty is left out."""
+
+    lead: str = ""
+    tables: Sequence[Table] = ()
+    points: Sequence[str] = ()
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
     """One section: its anchor and heading, the macro of forms.html.j2 that lays it out, and what makes its content
     (None: the section is left out)."""
