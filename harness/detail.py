@@ -5,6 +5,7 @@ time, a sample of requests.  Its size does not grow with the run, and no stamp w
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +23,19 @@ STRETCHES = 400  # trials of points that are marked on it, at most
 ROWS = 380  # requests of the sample, at most, and as many of the slowest as SLOWEST
 SLOWEST = 20
 RANKED = ("p50", "p90", "p95", "p99")
-SPAN = ("point", "trial", "warmup", "sent_s", "last_token_s", "end_s")
-READ = (*SPAN, "id", "scheduled_s", "first_token_s", "output_tokens", "error_class")
+READ = (
+    "point",
+    "trial",
+    "warmup",
+    "sent_s",
+    "last_token_s",
+    "end_s",
+    "id",
+    "scheduled_s",
+    "first_token_s",
+    "output_tokens",
+    "error_class",
+)
 PER_REQUEST = ("ttft", "itl", "tpot", "e2e")  # of which one request can be said to meet an objective
 
 
@@ -63,15 +75,12 @@ def _trials(tally: Tally) -> list[dict[str, Any]]:
     return rows
 
 
-def over_time(blocks: Blocks, shown: int | None, limits: Mapping[str, float]) -> dict[str, Any]:
+def over_time(span: Span, blocks: Blocks, shown: int | None, limits: Mapping[str, float]) -> dict[str, Any]:
     """The run in at most BUCKETS stretches; a sample of the requests of point `shown`'s first trial with requests; and
-    for each point how many of its requests met all `limits` (of PER_REQUEST, seconds)."""
-    span = _Span()
-    for t in blocks(SPAN, False):
-        span.add(t, shown)
+    for each point how many of its requests met all `limits` (of PER_REQUEST, seconds).  `span` has seen all blocks."""
     if not math.isfinite(span.start_s) or span.end_s <= span.start_s:
         return {"timeline": None, "sample": None, "attained": {}}
-    line, sample, attained = _Line(span), _Sample(span), _Attained(limits)
+    line, sample, attained = _Line(span), _Sample(span, shown), _Attained(limits)
     for t in blocks(READ, False):
         for part in (line, sample, attained):
             part.add(t)
@@ -79,17 +88,15 @@ def over_time(blocks: Blocks, shown: int | None, limits: Mapping[str, float]) ->
 
 
 @dataclass(slots=True)
-class _Span:
-    """When the run began and ended, each trial of a point too, and how many requests the trials of one point have."""
+class Span:
+    """When the run began and ended, each trial of a point too, and how many measured requests each has."""
 
     start_s: float = math.inf
     end_s: float = -math.inf
     stretches: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (point, trial) -> began, ended
-    shown: int | None = None
-    trials: dict[int, int] = field(default_factory=dict)
+    requests: Counter[tuple[int, int]] = field(default_factory=Counter)
 
-    def add(self, t: Table, shown: int | None) -> None:
-        self.shown = shown
+    def add(self, t: Table) -> None:
         if not len(t):
             return
         last_s = _last_s(t)
@@ -98,9 +105,7 @@ class _Span:
             mine = (t.point == key[0]) & (t.trial == key[1])
             ends = self.stretches.setdefault(key, [math.inf, -math.inf])
             ends[0], ends[1] = min(ends[0], float(t.sent_s[mine].min())), max(ends[1], float(last_s[mine].max()))
-        mine = (t.point == shown) & ~t.warmup
-        for trial in np.unique(t.trial[mine]).tolist():
-            self.trials[trial] = self.trials.get(trial, 0) + int((t.trial[mine] == trial).sum())
+            self.requests[key] += int((mine & ~t.warmup).sum())
 
 
 def _last_s(t: Table) -> Floats:
@@ -112,7 +117,7 @@ def _last_s(t: Table) -> Floats:
 class _Line:
     """In flight and tokens per second over time.  A request's tokens count evenly from its first to its last."""
 
-    def __init__(self, span: _Span) -> None:
+    def __init__(self, span: Span) -> None:
         self.span = span
         self.edges = np.linspace(span.start_s, span.end_s, BUCKETS + 1)
         self.in_flight, self.tokens = np.zeros(BUCKETS + 1), np.zeros(BUCKETS + 1)
@@ -159,10 +164,11 @@ class _Sample:
 
     NAMES = ("id", "scheduled_s", "sent_s", "first_token_s", "last_token_s", "output_tokens", "ok")
 
-    def __init__(self, span: _Span) -> None:
-        self.start_s, self.point = span.start_s, span.shown
-        self.trial = min(span.trials, default=None)
-        self.total = span.trials.get(self.trial, 0) if self.trial is not None else 0
+    def __init__(self, span: Span, shown: int | None) -> None:
+        self.start_s, self.point = span.start_s, shown
+        trials = [trial for (point, trial), n in span.requests.items() if point == shown and n]
+        self.trial = min(trials, default=None)
+        self.total = span.requests[shown, self.trial] if shown is not None and self.trial is not None else 0
         self.every, self.seen = max(1, math.ceil(self.total / ROWS)), 0
         self.picked: list[dict[str, float]] = []
         self.slowest: list[dict[str, float]] = []
@@ -222,7 +228,7 @@ class _Attained:
 
 
 def build(
-    tallies: Mapping[int, Tally], blocks: Blocks, shown: int | None, limits: Sequence[tuple[str, float]]
+    tallies: Mapping[int, Tally], span: Span, blocks: Blocks, shown: int | None, limits: Sequence[tuple[str, float]]
 ) -> dict[str, Any]:
     """All of it, as summary.json holds it under `detail`.  `limits`: (metric of baseline's names, seconds); of several
     of one kind the strictest is that of each request."""
@@ -231,7 +237,7 @@ def build(
         name = metric.partition("_")[0]
         if name in PER_REQUEST:
             bounds[name] = min(bound, bounds.get(name, math.inf))
-    found = over_time(blocks, shown, bounds)
+    found = over_time(span, blocks, shown, bounds)
     attained = found.pop("attained")
     points = {
         str(index): of_tally(tally) | {"attained": attained.get(index)}

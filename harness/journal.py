@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
-from harness.records import Record, RidgelineError
+from harness.records import NAN, Record, RidgelineError
 
 MAGIC = b"ridgeline journal 1\n"
 _FRAME = struct.Struct("<II")
@@ -48,7 +48,8 @@ def decode_record(payload: bytes) -> Record:
     chunk_s = np.frombuffer(payload, "<f4", n, at)
     chunk_tokens = np.frombuffer(payload, "<i4", n, at + 4 * n)
     for name in _TIMES:  # JSON has no NaN: missing times travel as null, and older files lack some
-        header[name] = float("nan") if header.get(name) is None else header[name]
+        if header.get(name) is None:
+            header[name] = NAN
     return Record(**header, chunk_s=chunk_s, chunk_tokens=chunk_tokens)
 
 

@@ -6,6 +6,7 @@ Times are seconds.  Missing is NaN (or None for counts), never 0.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -203,7 +204,7 @@ def table(records: list[Record]) -> Table:
     rows = sorted(records, key=lambda record: record.id)
 
     def column(name: str) -> npt.NDArray[Any]:
-        values = [getattr(row, name) for row in rows]
+        values = list(map(attrgetter(name), rows))
         if name in COUNTS:
             return np.array([-1 if value is None else value for value in values], np.int64)
         return np.array(values, object if name in TEXTS else bool if name == "warmup" else None)

@@ -48,7 +48,8 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         for index, plan in enumerate(run["points"])
         if only is None or index in only
     }
-    count(tallies, blocks)
+    span = detail.Span()
+    count(tallies, blocks, span.add)
     searched = scenario.get("capacity")
     tables = gathered(tallies, blocks) if searched else {}
     points = []
@@ -103,7 +104,7 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
         "worth": worth,
         "levers": _levers(best, workload, asked, model, hardware),
         "detail": detail.build(
-            tallies, blocks, best["point"] if best else points[-1]["point"] if points else None, limits
+            tallies, span, blocks, best["point"] if best else points[-1]["point"] if points else None, limits
         ),
     }
     if searched:

@@ -17,8 +17,8 @@ from harness.metrics import METRICS
 from harness.records import NAN, Floats, Ints, Table
 from harness.stats import Spread
 
-# What `place` reads of a request.
-PLACE = ("point", "trial", "wave", "warmup", "sent_s", "scheduled_s", "last_token_s", "error_class")
+# What the first pass reads of a request.
+PLACE = ("point", "trial", "wave", "warmup", "sent_s", "scheduled_s", "last_token_s", "end_s", "error_class")
 COUNTED = ("input_tokens", "output_tokens", "cached_tokens")
 GAPS = ("itl", "chunk_gap")
 BURST_SPAN = 0.05  # nine tenths of the tokens within this share of the request's whole time
@@ -246,13 +246,15 @@ class Tally:
         return row | {"output_tokens_per_s_low": low, "output_tokens_per_s_high": high}
 
 
-def count(tallies: dict[int, Tally], blocks: Blocks) -> None:
-    """Both passes over a run's blocks, for the points that `tallies` name."""
+def count(tallies: dict[int, Tally], blocks: Blocks, first: Callable[[Table], None] = lambda t: None) -> None:
+    """Both passes over a run's blocks, for the points that `tallies` name; `first` sees all blocks of the first."""
     for only, chunks, what in ((PLACE, False, Tally.place), (None, True, Tally.add)):
         for t in blocks(only, chunks):
             for point in np.unique(t.point).tolist():
                 if point in tallies:
                     what(tallies[point], t.where(t.point == point))
+            if not chunks:
+                first(t)
 
 
 def of_table(t: Table, mode: str, slots: int, asked_input: int | None = None, asked_output: int | None = None) -> Tally:
