@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from harness import metrics, stats
-from harness.records import NAN, RidgelineError
+from harness import journal, metrics, stats
+from harness.records import NAN, RATES, RidgelineError
 from harness.scenario import Workload
 from harness.tally import PLACE, Blocks, Tally
 
@@ -23,7 +23,6 @@ FORMAT = 1
 METRICS_VERSION = 1  # goes up when a definition in `metrics` changes: figures of two versions are not compared
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 LATENCIES = ("ttft", "itl", "tpot", "e2e", "ttft_scheduled")
-RATES = ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s")
 NAMES = tuple(f"{name}_{q}" for name in LATENCIES for q in ("mean", *QUANTILES)) + RATES
 # How much is run, not what: a difference here leaves the figures comparable.
 ASIDE = {"batch_sizes", "rates", "trials", "interleave", "precision", "max_time_s", "seed"}
@@ -66,7 +65,7 @@ def figures(run: Mapping[str, Any], summary: Mapping[str, Any], blocks: Blocks,
     """All that a comparison needs of a run: per point and metric one figure a trial (finished trials only), verdicts,
     the roof that theory sets, fingerprint.  `summary` is the run's summary as a JSON object."""
     mode = run["scenario"]["workload"]["mode"]
-    ended = {(e["point"], e["trial"]) for e in events if e.get("event") == "trial_end" and not e.get("stopped")}
+    ended = journal.ended(events)
     tallies: dict[tuple[int, int], Tally] = {}
     for only, chunks, what in ((PLACE, False, Tally.place), (None, True, Tally.add)):
         for t in blocks(only, chunks):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from harness import (
     baseline,
@@ -54,10 +54,14 @@ class Output:
 def figures_of(folder: Path) -> dict[str, Any]:
     """The figures of a run folder, its summary made anew from the records; or of a file that holds a run's figures."""
     if folder.is_file():
-        return baseline.checked(store.read_json(folder), str(folder)) | {"source": str(folder)}
+        return _checked(folder) | {"source": str(folder)}
     found = command.summarise(folder)
     run = store.load(folder)
     return dict(store.clean(baseline.figures(run.run, found, run.blocks, run.events))) | {"source": str(folder)}
+
+
+def _checked(file: Path, kind: Literal["baseline", "noise level"] = "baseline") -> dict[str, Any]:
+    return baseline.checked(store.read_json(file), str(file), kind)
 
 
 def base_of(path: Path, new: Mapping[str, Any], allow: frozenset[str]) -> dict[str, Any] | None:
@@ -67,7 +71,7 @@ def base_of(path: Path, new: Mapping[str, Any], allow: frozenset[str]) -> dict[s
         return figures_of(path)
     file = path / f"{baseline.key_of(new)}.json" if path.is_dir() else path
     if file.is_file():
-        return baseline.checked(store.read_json(file), str(file)) | {"source": str(file)}
+        return _checked(file) | {"source": str(file)}
     if NO_BASELINE in allow:
         return None
     near = _nearest(path, new) if path.is_dir() else ""
@@ -79,13 +83,16 @@ def _nearest(folder: Path, new: Mapping[str, Any]) -> str:
     """Why none of a folder's baselines fits: the fields in which the nearest differs."""
     found = []
     for file in sorted(folder.glob("*.json")):
-        other = baseline.checked(store.read_json(file), str(file))
+        other = _checked(file)
         found.append((baseline.mismatches(other, new), file.name))
     if not found:
         return ""
     differing, name = min(found, key=lambda pair: len(pair[0]))
-    told = "; ".join(f"{key}: {one} there, {two} in the new run" for key, (one, two) in differing.items())
-    return f" (the nearest, {name}, differs in {told})"
+    return f" (the nearest, {name}, differs in {_told(differing)})"
+
+
+def _told(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key}: {one} there, {two} in the new run" for key, (one, two) in differing.items())
 
 
 def noise_for(path: Path | None, new: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -95,10 +102,9 @@ def noise_for(path: Path | None, new: Mapping[str, Any]) -> dict[str, Any] | Non
         if path:
             raise RidgelineError(f"--noise {path}: is not there; `ridgeline noise` makes it")
         return None
-    found = baseline.checked(store.read_json(file), str(file), "noise level")
+    found = _checked(file, "noise level")
     if differing := baseline.mismatches(found, new):
-        told = "; ".join(f"{key}: {one} there, {two} in the new run" for key, (one, two) in differing.items())
-        raise RidgelineError(f"--noise {file}: measured under other conditions: {told}", 7)
+        raise RidgelineError(f"--noise {file}: measured under other conditions: {_told(differing)}", 7)
     return found
 
 
@@ -176,7 +182,7 @@ def update(run: Path, reason: str, folder: Path) -> str:
         raise RidgelineError(f"{run}: no baseline: {'; '.join(bad) or 'the run did not end'}", 5)
     found.pop("source")
     file = folder / f"{baseline.key_of(found)}.json"
-    before = baseline.checked(store.read_json(file), str(file)) if file.exists() else None
+    before = _checked(file) if file.exists() else None
     text = compact({"reason": reason} | found)
     if len(text.encode()) > baseline.MOST_BYTES:
         raise RidgelineError(f"{run}: the baseline would have {len(text.encode()):,} bytes, and a reviewed file has at most "
@@ -206,7 +212,7 @@ def show(path: Path) -> str:
 
 
 def _shown(file: Path) -> str:
-    found = baseline.checked(store.read_json(file), str(file))
+    found = _checked(file)
     names = baseline.primary(found["fingerprint"]["workload.mode"])
     lines = [f"{file}: {found['name']}, {found.get('started_at')}: {found.get('reason', 'no reason given')}"]
     lines += [f"  {key}: {value}" for key, value in found["shown"].items() if value is not None]

@@ -176,7 +176,7 @@ def _run(folder: Path, model: Model, load: planning.Load, objectives: Sequence[O
     from harness import command
 
     found = command.summarise(folder)
-    run = store.load(folder).run
+    run = store.info(folder)
     inputs, theory = run["theory"], run["scenario"]["theory"]
     if not inputs.get("hardware"):
         raise RidgelineError(

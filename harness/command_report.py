@@ -71,9 +71,7 @@ def definitions(folder: Path | None, name: str, as_json: bool) -> str:
     found = _compared(folder, name)
     if not as_json:
         return tools.text(name, found["points"])
-    sides = [
-        point | {side: summary.public_point(point[side]) for side in ("ours", "theirs")} for point in found["points"]
-    ]
+    sides = [p | {side: summary.public_point(p[side]) for side in ("ours", "theirs")} for p in found["points"]]
     return json.dumps(store.clean(found | {"points": sides}), allow_nan=False)
 
 
@@ -89,17 +87,18 @@ def views(folders: Sequence[Path], found: Sequence[dict[str, Any]]) -> list[Any]
 
     seen = []
     for folder, one in zip(folders, found, strict=True):
-        run = store.load(folder)
-        trials = baseline.figures(run.run, one, run.blocks, run.events) if len(folders) > 1 else None
-        more = {"figures": store.clean(trials)} if trials else {}
-        seen.append(RunView(one | more, run.run, _log_tail(folder)))
+        more = {}
+        if len(folders) > 1:
+            run = store.load(folder)
+            more["figures"] = store.clean(baseline.figures(run.run, one, run.blocks, run.events))
+        seen.append(RunView(one | more, store.info(folder), _log_tail(folder)))
     return seen
 
 
-def _log_tail(folder: Path, size: int = 4000) -> str:
+def _log_tail(folder: Path) -> str:
     try:
         with open(folder / "engine.log", "rb") as log:
-            log.seek(max(0, log.seek(0, 2) - size))
+            log.seek(max(0, log.seek(0, 2) - 4000))
             return log.read().decode("utf-8", "replace")
     except OSError:
         return ""

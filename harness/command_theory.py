@@ -283,7 +283,7 @@ def _of_run(folder: Path, only: Sequence[int] | None) -> Calibration:
     from harness import command
 
     found = command.summarise(folder)
-    run = store.load(folder).run
+    run = store.info(folder)
     inputs, theory = run["theory"], run["scenario"]["theory"]
     if not inputs.get("model") or not inputs.get("hardware"):
         missing = (

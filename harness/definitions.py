@@ -24,12 +24,11 @@ import numpy as np
 
 from harness import foreign, metrics, stats, units
 from harness.metrics import chunk_gap_s, e2e_s, ttft_s
-from harness.records import NAN, Floats, RidgelineError, Table
+from harness.records import NAN, RATES, Floats, RidgelineError, Table
 from harness.stats import Spread
 from harness.tally import Blocks, Tally, count, of_table
 
 TIMES = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
-RATES = ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s")
 
 
 def _output_tokens(t: Table) -> Floats:

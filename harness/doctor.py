@@ -3,10 +3,7 @@ uses, or a clock that sank, is in no figure by name."""
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from harness import client, launch, machine, preflight, selftest, tokens, units
 from harness.command import event_loop
 from harness.records import RidgelineError
 from harness.scenario import Scenario
+from harness.server import THROTTLES
 
 LOOK_S = 0.5
 BUSY_SHARE = 0.2  # of all cores, by others
@@ -25,17 +23,13 @@ SUNK = 0.5  # of the largest clock, under load
 BUSY_GPU = 0.05
 HOT_C = 85.0
 
-# nvidia-smi --help-query-gpu; `reasons` is a bit mask, of which these are brakes and the others (idle, a setting) are not
-# (NVML, nvmlClocksEventReasons).
+# nvidia-smi --help-query-gpu; `reasons` is a bit mask (server.THROTTLES).
 GPU_COLUMNS = {
     "index": "index", "name": "name", "driver": "driver_version", "sm_mhz": "clocks.sm", "sm_max_mhz": "clocks.max.sm",
     "reasons": "clocks_throttle_reasons.active", "temperature_c": "temperature.gpu", "power_w": "power.draw",
     "use_percent": "utilization.gpu", "used_mib": "memory.used", "total_mib": "memory.total",
 }  # fmt: skip
 APP_COLUMNS = {"pid": "pid", "name": "process_name", "used_mib": "used_gpu_memory"}
-BRAKES = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "thermal (software)", 0x40: "thermal (hardware)",
-          0x80: "power brake"}  # fmt: skip
-
 State = Literal["ok", "warn", "fail", "absent"]
 
 
@@ -83,24 +77,6 @@ def text(checks: Sequence[Check]) -> str:
 # --- GPUs ------------------------------------------------------------------------------------------------------------
 
 
-def _smi(what: str, columns: Mapping[str, str]) -> str | None:
-    """nvidia-smi's CSV; None where it is absent or fails."""
-    try:
-        return subprocess.run(["nvidia-smi", f"--query-{what}={','.join(columns.values())}", "--format=csv,noheader,nounits"],
-                              capture_output=True, text=True, timeout=20, check=True).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def rows(text: str, columns: Mapping[str, str]) -> list[dict[str, str]]:
-    """nvidia-smi's CSV as rows by our names; what a card does not tell ("[N/A]") is empty."""
-    found = []
-    for line in csv.reader(io.StringIO(text), skipinitialspace=True):
-        if len(line) == len(columns):
-            found.append({k: "" if v.startswith("[") else v.strip() for k, v in zip(columns, line, strict=True)})
-    return found
-
-
 def _number(text: str) -> float | None:
     try:
         return float(int(text, 16)) if text.startswith("0x") else float(text)
@@ -109,11 +85,11 @@ def _number(text: str) -> float | None:
 
 
 def _gpus() -> Iterator[Check]:
-    said, apps = _smi("gpu", GPU_COLUMNS), _smi("compute-apps", APP_COLUMNS)
-    if said is None:
+    cards, apps = machine.smi("gpu", GPU_COLUMNS), machine.smi("compute-apps", APP_COLUMNS)
+    if cards is None:
         yield Check("gpu", "absent", "no NVIDIA GPU, or no nvidia-smi")
         return
-    yield from gpu_checks(rows(said, GPU_COLUMNS), rows(apps or "", APP_COLUMNS))
+    yield from gpu_checks(cards, apps or [])
 
 
 def gpu_checks(cards: Sequence[Mapping[str, str]], apps: Sequence[Mapping[str, str]]) -> Iterator[Check]:
@@ -142,7 +118,7 @@ def _clocks(card: Mapping[str, str]) -> Check:
     heat, use = _number(card["temperature_c"]), _number(card["use_percent"])
     name = f"clocks {card['index']}"
     saw = f"{card['sm_mhz'] or '?'} of {card['sm_max_mhz'] or '?'} MHz, {card['temperature_c'] or '?'} °C, {card['power_w'] or '?'} W"
-    brakes = [why for bit, why in BRAKES.items() if mask and int(mask) & bit]
+    brakes = [why for bit, why in THROTTLES.items() if mask and int(mask) & bit]
     if brakes:
         return Check(name, "warn", f"{saw}; slowed by: {', '.join(brakes)}", "let it cool, or raise the power limit; otherwise "
                      "every figure is that of a slowed card")  # fmt: skip

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from harness.endings import plain
-from harness.records import NAN, Floats, Record, RidgelineError
+from harness.records import NAN, RATES, Floats, Record, RidgelineError
 
 NAMES = {"vllm": "vllm bench serve", "guidellm": "guidellm", "aiperf": "aiperf"}
 STATISTICS = ("mean", "p50", "p90", "p95", "p99")
-RATES = ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s")
 APART = 0.05  # gaps between events that differ so much from the time per token: events were not tokens
 Said = dict[str, Any]  # keys as in definitions (TIMES: STATISTICS; RATES), and requests, errors, duration_s, tokens
 

@@ -92,6 +92,11 @@ def current(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [e for i, e in enumerate(events) if i >= starts.get((e.get("point", -1), e.get("trial", -1)), (0, 0))[0]]
 
 
+def ended(events: Sequence[Mapping[str, Any]]) -> set[tuple[int, int]]:
+    """(point, trial) of those that came to their end."""
+    return {(e["point"], e["trial"]) for e in events if e.get("event") == "trial_end" and not e.get("stopped")}
+
+
 LONGEST = 2**26  # no frame is longer
 PIECE = 4 * 2**20  # bytes read at once
 

@@ -7,7 +7,9 @@ a BLAS takes its number of threads from the environment when it is loaded.
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
+import io
 import json
 import math
 import mmap
@@ -16,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -139,19 +141,26 @@ def virtualisation() -> list[str]:
 @functools.cache
 def gpus() -> list[dict[str, Any]]:
     """NVIDIA GPUs as nvidia-smi lists them; none where it is absent.  Asked once a process."""
-    columns = {"name": str, "memory.total": float, "power.limit": float, "driver_version": str, "compute_cap": str}
+    columns = {name: name for name in ("name", "memory.total", "power.limit", "driver_version", "compute_cap")}
+    return [{"name": card["name"], "mem_bytes": _number(card["memory.total"], MIB), "power_limit_w": _number(card["power.limit"], 1),
+             "driver": card["driver_version"], "compute_capability": card["compute_cap"]}
+            for card in smi("gpu", columns) or []]  # fmt: skip
+
+
+def smi(what: str, columns: Mapping[str, str]) -> list[dict[str, str]] | None:
+    """nvidia-smi's table of `what` (gpu, compute-apps) by our names; None where it is absent or fails."""
     try:
-        said = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(columns)}", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=20, check=True)  # fmt: skip
+        said = subprocess.run(["nvidia-smi", f"--query-{what}={','.join(columns.values())}", "--format=csv,noheader,nounits"],
+                              capture_output=True, text=True, timeout=20, check=True).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return []
-    found = []
-    for line in said.stdout.strip().splitlines():
-        name, memory, power, driver, capability = [*(part.strip() for part in line.split(",")), *[""] * 5][:5]
-        found.append({"name": name, "mem_bytes": _number(memory, MIB), "power_limit_w": _number(power, 1),
-                      "driver": driver, "compute_capability": capability})  # fmt: skip
-    return found
+        return None
+    return smi_rows(said, columns)
+
+
+def smi_rows(text: str, columns: Mapping[str, str]) -> list[dict[str, str]]:
+    """nvidia-smi's CSV as rows by our names; what a card does not tell ("[N/A]") is empty."""
+    lines = [line for line in csv.reader(io.StringIO(text), skipinitialspace=True) if len(line) == len(columns)]
+    return [{k: "" if v.startswith("[") else v.strip() for k, v in zip(columns, line, strict=True)} for line in lines]
 
 
 def _number(text: str, unit: float) -> float | None:

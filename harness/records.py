@@ -23,6 +23,9 @@ Verdict = Literal["valid", "suspect", "invalid"]
 LIMITS = ("memory_bandwidth", "compute", "latency", "communication", "capacity", "queue", "client")
 
 
+RATES = ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s")
+
+
 class RidgelineError(Exception):
     """Something the user can mend: one sentence with where, what, what is allowed, what to do.
 

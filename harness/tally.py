@@ -14,7 +14,7 @@ import numpy as np
 
 from harness import metrics, stats
 from harness.metrics import METRICS
-from harness.records import NAN, Floats, Ints, Table
+from harness.records import NAN, RATES, Floats, Ints, Table
 from harness.stats import Spread
 
 # What the first pass reads of a request.
@@ -115,7 +115,7 @@ class Trial:
         length_s = sum(end - start for start, end in self.windows or ())
         n = self.inside
         if length_s <= 0:
-            return dict.fromkeys(("output_tokens_per_s", "total_tokens_per_s", "requests_per_s"), NAN)
+            return dict.fromkeys(RATES, NAN)
         return {
             "output_tokens_per_s": n["output_tokens"] / length_s,
             "total_tokens_per_s": (n["output_tokens"] + n["input_tokens"]) / length_s if n["input_tokens"] else NAN,
@@ -240,7 +240,7 @@ class Tally:
             spread = self.spreads["itl" if self.one_each and metric.name == "chunk_gap" else metric.name]
             row[f"{metric.name}_s"] = metrics.distribution(spread, [trial.means[metric.name].value for trial in trials])
         rates = [trial.rates() for trial in trials]
-        for name in ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s"):
+        for name in RATES:
             row[name] = stats.mean(np.array([rate[name] for rate in rates]))
         low, high = stats.interval([rate["output_tokens_per_s"] for rate in rates])
         return row | {"output_tokens_per_s_low": low, "output_tokens_per_s_high": high}

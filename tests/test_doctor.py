@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness import doctor
+from harness import doctor, machine
 from harness.scenario import validate
 from tests.conftest import ROOT
 
@@ -20,7 +20,7 @@ OK: dict[str, Any] = {"sm": 1980, "reasons": "0x0000000000000000", "heat": 35, "
 
 def states(card: dict[str, Any], apps: str = "") -> dict[str, str]:
     checks = doctor.gpu_checks(
-        doctor.rows(CARD.format(**OK | card), doctor.GPU_COLUMNS), doctor.rows(apps, doctor.APP_COLUMNS)
+        machine.smi_rows(CARD.format(**OK | card), doctor.GPU_COLUMNS), machine.smi_rows(apps, doctor.APP_COLUMNS)
     )
     return {check.name: check.state for check in checks}
 

@@ -413,5 +413,5 @@ CHARTS: dict[str, Chart] = {f"chart-{shown.key}": _versus_chart(shown) for shown
         "Points stand at the batch the server really ran. The roof is that of decoding alone; a measured point also pays "
         "for reading its prompts, so it lies below. One above the roof puts the measurement or the hardware row in doubt.",
         plane,
-    ),
+    )
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from harness import units
 from harness.prices import per_million
-from harness.records import NAN
+from harness.records import NAN, RATES
 from harness.report import view
 from harness.report.view import Json, Key, RunView
 
@@ -20,7 +20,6 @@ MEETS, MISSES, UNSURE = "meets", "misses", "unsure"
 NO_SLO = "no objective was stated; give one by --slo ttft_p95=500ms,itl_p95=50ms, or as `slo` in the scenario"
 NO_PRICE = "no price is known for this hardware; give --price 1.2/h, or `price` in the scenario"
 OVER = "more arrivals than completions: its latencies grow for as long as one looks"
-RATES = ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s")
 
 
 @dataclass(frozen=True, slots=True)

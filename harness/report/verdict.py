@@ -54,10 +54,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 def section(runs: Sequence[RunView]) -> dict[str, Any]:
     named = zip(runs, view.labels(runs), strict=True)
-    return {
-        "runs": [_verdict_of(run, name) for run, name in named],
-        "glance": _glance(runs) if len(runs) > 1 else None,
-    }
+    return {"runs": [_verdict_of(run, name) for run, name in named], "glance": _glance(runs) if len(runs) > 1 else None}
 
 
 def title(runs: Sequence[RunView]) -> str:

@@ -175,13 +175,7 @@ def _with_storage(model: Model, c: Config) -> Model:
     stated = c.values.get("torch_dtype") or c.values.get("dtype")
     notes = model.notes
     if not isinstance(stated, str):
-        stated, notes = (
-            "fp16",
-            (
-                *notes,
-                "the configuration states no dtype: taken as 16 bit",
-            ),
-        )
+        stated, notes = ("fp16", (*notes, "the configuration states no dtype: taken as 16 bit"))
     base = dtype_named(stated)
     if base not in WHOLE:
         raise c.error(f"torch_dtype {stated!r} must be one of {', '.join(WHOLE)}")

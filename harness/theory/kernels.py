@@ -37,11 +37,7 @@ class Law:
 
 
 # A CPU's row is measured by the same kind of loop, so that it is near what a kernel reaches.
-MEASURED = {
-    "gemm": Law(2e-6, 0.9, 0.8, 2.0),
-    "decode": Law(2e-6, 0.7),
-    "prefill": Law(2e-6, 0.7, 0.4, NAN, 1.0),
-}
+MEASURED = {"gemm": Law(2e-6, 0.9, 0.8, 2.0), "decode": Law(2e-6, 0.7), "prefill": Law(2e-6, 0.7, 0.4, NAN, 1.0)}
 # What another dtype's kernel is most like.
 ALIKE = {"fp32": "bf16", "tf32": "bf16", "fp16": "bf16", "nvfp4": "fp4"}
 

@@ -232,12 +232,7 @@ def inference_activation_bytes(tokens: float, width: float, bytes_per_element: f
 
 
 def recompute_s(
-    params: float,
-    input_tokens: int,
-    output_tokens: int,
-    flops: float,
-    bytes_per_s: float,
-    bytes_per_param: float = 2,
+    params: float, input_tokens: int, output_tokens: int, flops: float, bytes_per_s: float, bytes_per_param: float = 2
 ) -> float:
     """[001, 003] Seconds of a request without a KV cache: every token passes the whole sequence through the model.
 
@@ -248,12 +243,7 @@ def recompute_s(
 
 
 def cached_s(
-    params: float,
-    input_tokens: int,
-    output_tokens: int,
-    flops: float,
-    bytes_per_s: float,
-    bytes_per_param: float = 2,
+    params: float, input_tokens: int, output_tokens: int, flops: float, bytes_per_s: float, bytes_per_param: float = 2
 ) -> float:
     """The same request with a cache: a prefill, no faster than the weights can be read, and n - 1 steps."""
     weights_s = time_per_token_s(params * bytes_per_param, bytes_per_s)
