@@ -152,7 +152,7 @@ def curves(points: Sequence[Measured], noise: Floats | None = None) -> list[Curv
     order = sorted(range(len(points)), key=lambda i: points[i].load)
     for i in order:
         point = points[i]
-        if not point.usable or point.saturated or _failing(point, 0.01):
+        if not point.usable or point.saturated or point.failed_share > 0.01:
             continue
         for k, reading in enumerate(point.readings):
             curve = found.setdefault((reading.metric, reading.bound), Curve(reading.metric, reading.bound))
@@ -166,13 +166,9 @@ def curves(points: Sequence[Measured], noise: Floats | None = None) -> list[Curv
     return list(found.values())
 
 
-def _failing(point: Measured, most: float) -> bool:
-    return point.failed_share > most
-
-
 def bracket(points: Sequence[Measured], drawn: Sequence[Curve], most_failed: float) -> tuple[float, float]:
     """(highest load that meets all objectives, lowest above it that misses one); NaN where there is none."""
-    broken = [p.load for p in points if p.usable and (p.saturated or _failing(p, most_failed))]
+    broken = [p.load for p in points if p.usable and (p.saturated or p.failed_share > most_failed)]
     missed = broken + [x for c in drawn for x, z in zip(c.loads, c.excess, strict=True) if z > 0]
     high = min(missed, default=NAN)
     met = [p.load for p in points if p.usable and not p.load >= high]
@@ -255,9 +251,8 @@ def _estimate(
         found = slots  # one point beyond a knee does not tell where it is; the work in hand there does
     if not found <= high:
         broken = [p for p in points if p.usable and p.load == high]
-        limit = (
-            QUEUE if any(p.saturated for p in broken) else FAILED if any(_failing(p, 0.01) for p in broken) else limit
-        )
+        failed = any(p.failed_share > 0.01 for p in broken)
+        limit = QUEUE if any(p.saturated for p in broken) else FAILED if failed else limit
         found = pole if low < pole < high else math.sqrt(low * high)
     return min(max(found, low), high), limit
 
@@ -289,7 +284,7 @@ def _worst(points: Sequence[Measured], at: float) -> str:
     usable = [p for p in points if p.usable and (p.load == at or math.isnan(at))]
     if any(p.saturated for p in usable):
         return QUEUE
-    if any(_failing(p, 0.01) for p in usable):
+    if any(p.failed_share > 0.01 for p in usable):
         return FAILED
     readings = [r for p in usable for r in p.readings]
     return max(readings, key=lambda r: r.excess).metric if readings else ""

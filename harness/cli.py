@@ -136,16 +136,11 @@ def run(
     ] = False,
 ) -> None:
     """Measure a server, and hold it against theory."""
-    from harness import command
+    from harness import command, units
     from harness.arrivals import parse as arrivals_of
     from harness.lengths import parse
 
-    if duration is not None:
-        from harness import units
-
-        seconds: float | None = units.parse(duration, "time", "--duration")
-    else:
-        seconds = None
+    seconds = units.parse(duration, "time", "--duration") if duration is not None else None
     flags: dict[str, Any] = {
         "engine": {"url": url},
         "model": model,

@@ -50,14 +50,6 @@ def _over_s(t: Table) -> Floats:
     return np.asarray(t.end_s - t.sent_s)
 
 
-def _first_event_s(t: Table) -> Floats:
-    return t.first_event_s
-
-
-def _last_event_s(t: Table) -> Floats:
-    return t.last_event_s
-
-
 def _event_gaps_s(t: Table) -> Floats:
     """Gaps between events with a choice: those between texts, and to an empty one before or after them.  Other empty ones
     came in one read with a neighbour (a gap of 0), or split a gap: as many zeros keep the mean exact."""
@@ -95,10 +87,10 @@ TOOLS: dict[str, Tool] = {
     "ridgeline": Tool("this one", ttft_s, metrics.itl_s, metrics.tpot_s, e2e_s, e2e_s),
     "vllm": Tool(
         "vllm bench serve 0.32.0",
-        ttft_s=_first_event_s,
+        ttft_s=lambda t: t.first_event_s,
         itl_s=_event_gaps_s,
         tpot_s=lambda t: _pace(t.first_event_s, t.last_event_s, _output_tokens(t)),
-        e2e_s=_last_event_s,
+        e2e_s=lambda t: t.last_event_s,
         over_s=_over_s,
     ),
     "guidellm": Tool(
@@ -227,6 +219,10 @@ LABELS = {"ttft_s": "TTFT", "itl_s": "ITL", "tpot_s": "TPOT", "e2e_s": "E2E", "o
           "total_tokens_per_s": "all tokens/s", "requests_per_s": "requests/s"}  # fmt: skip
 
 
+def load_of(point: Mapping[str, Any]) -> str:
+    return f"batch size {point['batch_size']}" if point["batch_size"] else f"{point['rate']:g} requests/s"
+
+
 def rows(point: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(figure, ours, theirs, difference) of one point of `compare`, as text: means of the times."""
     found = []
@@ -253,7 +249,7 @@ def text(name: str, points: list[dict[str, Any]]) -> str:
     """A table for the terminal."""
     lines = []
     for point in points:
-        label = f"batch size {point['batch_size']}" if point["batch_size"] else f"{point['rate']:g} requests/s"
+        label = load_of(point)
         lines += [f"{label:<22} {'ridgeline':>12} {name:>12} {'difference':>12}"]
         lines += [f"  {a:<20} {b:>12} {c:>12} {d:>12}" for a, b, c, d in rows(point)]
     return "\n".join(lines)

@@ -24,18 +24,9 @@ ROWS = 380  # requests of the sample, at most, and as many of the slowest as SLO
 SLOWEST = 20
 RANKED = ("p50", "p90", "p95", "p99")
 READ = (
-    "point",
-    "trial",
-    "warmup",
-    "sent_s",
-    "last_token_s",
-    "end_s",
-    "id",
-    "scheduled_s",
-    "first_token_s",
-    "output_tokens",
-    "error_class",
-)
+    "point", "trial", "warmup", "sent_s", "last_token_s", "end_s", "id", "scheduled_s", "first_token_s",
+    "output_tokens", "error_class",
+)  # fmt: skip
 PER_REQUEST = ("ttft", "itl", "tpot", "e2e")  # of which one request can be said to meet an objective
 
 

@@ -130,7 +130,7 @@ def _interpret(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: Seq
         answer.error = _message(body) or note or f"status {status}, and no words with it"
         return
     if not (stamps_s and body):
-        _classify(answer, body, ending if status else _no_status(ending), asked, note)
+        _classify(answer, body, "malformed_http" if not status and ending == "complete" else ending, asked, note)
         return
     if coding or body.startswith(b"\x1f\x8b"):
         answer.notes.append("compressed")
@@ -143,10 +143,6 @@ def _interpret(answer: Answer, body: bytes, stamps_s: Sequence[float], ends: Seq
     if problem == "encoding" or (body.startswith(b"\x1f\x8b") and not coding):
         _fail(answer, "encoding", f"the body is not what its Content-Encoding says: {coding or '(none)'}")
     _classify(answer, body, problem if problem in ("event_too_large", "runaway") else ending, asked, note)
-
-
-def _no_status(ending: str) -> str:
-    return "malformed_http" if ending == "complete" else ending
 
 
 def decoded(body: bytes, ends: Sequence[int], coding: str, most: int) -> tuple[bytes, list[int], str]:
@@ -168,17 +164,12 @@ def decoded(body: bytes, ends: Sequence[int], coding: str, most: int) -> tuple[b
                         piece, unpacker = unpacker.unused_data.lstrip(b"\0"), zlib.decompressobj(wbits)
             out_ends.append(len(found))
     except zlib.error:
-        return (
-            (body, list(ends), "encoding") if not found else (bytes(found), _filled(out_ends, ends, found), "encoding")
-        )
+        rest = [len(found)] * (len(ends) - len(out_ends))
+        return (bytes(found), out_ends + rest, "encoding") if found else (body, list(ends), "encoding")
     if len(found) > most:
         longest = max(map(len, re.split(rb"\n\n|\r\n\r\n|\r\r", bytes(found))))
         return bytes(found), out_ends, "event_too_large" if longest > EVENT_BYTES else "runaway"
     return bytes(found), out_ends, ""
-
-
-def _filled(out_ends: list[int], ends: Sequence[int], found: bytearray) -> list[int]:
-    return out_ends + [len(found)] * (len(ends) - len(out_ends))
 
 
 def _loads(data: bytes) -> Any:

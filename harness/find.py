@@ -64,19 +64,12 @@ class Search:
         found = await written(session, last, 0)
         run = session.info | {"no_prediction": []}
         new = range(len(self.points), len(session.info["points"]))
-        rows = {
-            row["point"]: row
-            for row in summary.build(run, "complete", found.blocks, found.events, found.samples, [], None, None, new)[
-                "points"
-            ]
-        }
+        seen = summary.build(run, "complete", found.blocks, found.events, found.samples, [], None, None, new)
+        rows = {row["point"]: row for row in seen["points"]}
         for index in new:
             load = session.info["points"][index]["rate" if self.goal.mode == "open" else "batch_size"]
-            point = (
-                Measured(load, "invalid", ())
-                if index not in rows
-                else capacity_answer.measured(rows[index], self.goal.mode)
-            )
+            known = index in rows
+            point = capacity_answer.measured(rows[index], self.goal.mode) if known else Measured(load, "invalid", ())
             self.points.append(point)
             session.progress.line(self._told(index, point, rows.get(index)))
 

@@ -136,14 +136,10 @@ class Prompts:
         """The prompt of request `number` of the run, unlike all others unless they are to be the same.  `place`: which
         of its trial it is, where that tells its length and its session."""
         row, asks = number % len(self.texts), self.asks
+        apart = asks is not None and not asks.alike and (self.source != "given" or asks.due_s is not None)
         if self.same:
             row = 0
-        elif (
-            asks is not None
-            and not asks.alike
-            and place is not None
-            and (self.source != "given" or asks.due_s is not None)
-        ):
+        elif asks is not None and apart and place is not None:
             row = place % len(asks)
             number -= row - self.root_of[row] if self.root_of else 0
         if self.same or self.source == "given":
@@ -152,9 +148,8 @@ class Prompts:
         had = self.head_of[text] if self.head_of else text
         if had == number:
             return self.texts[text]
-        old, new = (
-            prompts.head(self.heads[n % len(self.heads)]) for n in (had, number)
-        )  # so late a repeat is in no cache
+        # so late a repeat is in no cache
+        old, new = (prompts.head(self.heads[n % len(self.heads)]) for n in (had, number))
         return self.texts[text].replace(old, new, 1)
 
 

@@ -378,8 +378,7 @@ def deal(requests: Sequence[Request], slots: int, n: int) -> list[dict[str, Any]
     whose: dict[int, int] = {}
     turn = 0
     for request in requests:
-        after = getattr(request, "after", None)
-        hand = whose.get(after) if after is not None else None
+        hand = None if request.after is None else whose.get(request.after)
         if hand is None:
             hand = turns[turn % len(turns)]
             turn += 1

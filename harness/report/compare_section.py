@@ -69,11 +69,8 @@ def sentence(found: Sequence[Change], name: str, base: str) -> str:
 
 
 def short(metric: str) -> str:
-    return (
-        "tokens/s"
-        if baseline.higher_is_better(metric)
-        else metric.replace("_p50", " p50").upper().replace("P50", "p50")
-    )
+    text = metric.replace("_p50", " p50").upper().replace("P50", "p50")
+    return "tokens/s" if baseline.higher_is_better(metric) else text
 
 
 def _stamp(word: str) -> str:

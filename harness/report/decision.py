@@ -132,12 +132,8 @@ def held(run: RunView) -> list[Held]:
         checks = tuple(_check(point, metric, bound) for metric, bound, at in limits if at in ("", _label(point)))
         if view.child(point, "objective").get("saturated") is True:  # latencies of a backlog that only grows
             checks += (Check("requests_per_s", NAN, view.num(point, "requests_per_s"), MISSES, OVER),)
-        states = {check.status for check in checks}
-        status = (
-            UNSURE
-            if view.verdict_of(point) == "invalid" or not checks
-            else next(s for s in (MISSES, UNSURE, MEETS) if s in states)
-        )
+        judged = view.verdict_of(point) != "invalid" and checks
+        status = next(s for s in (MISSES, UNSURE, MEETS) if s in {c.status for c in checks}) if judged else UNSURE
         found.append(Held(key, point, checks, status))
     return found
 

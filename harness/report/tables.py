@@ -237,16 +237,12 @@ def definitions_tables(runs: Sequence[RunView]) -> list[Table]:
     for run, name in zip(runs, view.labels(runs), strict=True):
         said = run.summary.get("definitions") or {}
         for i, point in enumerate(said.get("points", [])):
-            load = f"batch size {point['batch_size']}" if point["batch_size"] else f"{point['rate']:g} requests/s"
             verb = "said" if said.get("imported") else "reckons"
-            caption = " · ".join(filter(None, (name, load, f"as {said['version']} {verb}")))
+            caption = " · ".join(filter(None, (name, definitions.load_of(point), f"as {said['version']} {verb}")))
             head = [[column(text) for text in ("Figure", "Ridgeline", said["definitions"], "difference")]]
             body = [[heading(row[0]), *(figure(text) for text in row[1:])] for row in definitions.rows(point)]
-            source = (
-                "As that tool printed them, beside what its stamps give here"
-                if said.get("imported")
-                else "Recomputed from the stored stamps"
-            )
+            stamps = "As that tool printed them, beside what its stamps give here"
+            source = stamps if said.get("imported") else "Recomputed from the stored stamps"
             notes = [f"{source}; `ridgeline definitions` explains each difference."]
             found.append(Table(f"table-definitions-{len(found)}", caption, head, body, notes if not i else []))
     return found
@@ -261,13 +257,8 @@ def terms_table(run: RunView, shown: Shown, name: str) -> Table | None:
     names = list(dict.fromkeys(named))[:12]
     if not rows or not names:
         return None
-    head = [
-        column(view.load_word([run])),
-        *(column(view.shorten(term, 60)) for term in names),
-        column("Predicted", small="interval"),
-        column("Measured"),
-        column("Limited by", style="left"),
-    ]
+    head = [column(view.load_word([run])), *(column(view.shorten(term, 60)) for term in names),
+            column("Predicted", small="interval"), column("Measured"), column("Limited by", style="left")]  # fmt: skip
     body = []
     for key, point in rows:
         entry, theory = view.child(point, "predicted", shown.key), view.predicted(point, shown.key)
@@ -329,16 +320,12 @@ def load_sentence(run: RunView) -> str:
     start = view.child(run.summary, "start")
     weight, disk, theory = (view.num(start, key) for key in ("weight_bytes", "disk_bytes_per_s", "predicted_load_s"))
     found = [(view.text(stage, "name"), view.num(stage, "s")) for stage in view.items(start, "stages")]
-    took = next(
-        (s - (found[k - 1][1] if k else 0.0) for k, (name, s) in enumerate(found) if "weight" in name), math.nan
-    )
+    spans = (s - (found[k - 1][1] if k else 0.0) for k, (name, s) in enumerate(found) if "weight" in name)
+    took = next(spans, math.nan)
     real = f"it took {units.seconds(took)}" if math.isfinite(took) else "the engine did not tell how long it took"
     if math.isfinite(theory):
-        how = (
-            f" ({units.size(weight)} at {units.bandwidth(disk)})"
-            if math.isfinite(weight) and math.isfinite(disk)
-            else ""
-        )
+        known = math.isfinite(weight) and math.isfinite(disk)
+        how = f" ({units.size(weight)} at {units.bandwidth(disk)})" if known else ""
         versus = f", {units.ratio(took / theory)} that" if math.isfinite(took) and theory > 0 else ""
         return f"Reading the weights from disk should take {units.seconds(theory)}{how}; {real}{versus}."
     if math.isfinite(took):

@@ -178,21 +178,14 @@ def _passed_over(run: RunView, chosen: Json, shown: Shown, highest: bool) -> str
 
 
 def _key_figure(point: Json, shown: Shown) -> KeyFigure:
-    was, theory, ratio = (
-        view.measured(point, shown.key),
-        view.predicted(point, shown.key),
-        view.quotient(point, shown.key),
-    )
-    show = (
-        partial(units.rate, things="tokens", digits=3) if shown.higher_is_better else partial(units.seconds, digits=3)
-    )
+    was, theory = view.measured(point, shown.key), view.predicted(point, shown.key)
+    ratio = view.quotient(point, shown.key)
+    name, show = f"{shown.name}, mean", partial(units.seconds, digits=3)
+    if shown.higher_is_better:
+        name, show = "Output, all requests", partial(units.rate, things="tokens", digits=3)
     times = f", {units.ratio(ratio)}" if math.isfinite(ratio) else ""
-    return KeyFigure(
-        "Output, all requests" if shown.higher_is_better else f"{shown.name}, mean",
-        show(was.value),
-        _spread(point, shown),
-        f"predicted {show(theory.value)}{times}" if theory.known else "no prediction",
-    )
+    predicted = f"predicted {show(theory.value)}{times}" if theory.known else "no prediction"
+    return KeyFigure(name, show(was.value), _spread(point, shown), predicted)
 
 
 def _spread(point: Json, shown: Shown) -> str:

@@ -175,7 +175,7 @@ def _with_storage(model: Model, c: Config) -> Model:
     stated = c.values.get("torch_dtype") or c.values.get("dtype")
     notes = model.notes
     if not isinstance(stated, str):
-        stated, notes = ("fp16", (*notes, "the configuration states no dtype: taken as 16 bit"))
+        stated, notes = "fp16", (*notes, "the configuration states no dtype: taken as 16 bit")
     base = dtype_named(stated)
     if base not in WHOLE:
         raise c.error(f"torch_dtype {stated!r} must be one of {', '.join(WHOLE)}")
@@ -194,11 +194,8 @@ def _with_storage(model: Model, c: Config) -> Model:
 def _quantized_parts(q: Mapping[str, Any], layers: int) -> list[str]:
     """The parts whose matrices are quantized, as far as the modules that are left out are named by kind."""
     listed = q.get("modules_to_not_convert") or q.get("ignored_layers") or q.get("ignore") or q.get("exclude_modules")
-    spared = {
-        part
-        for part, module in (("attention", "self_attn"), ("ffn", "shared_expert"))
-        if _spares(listed, module, layers)
-    }
+    modules = {"attention": "self_attn", "ffn": "shared_expert"}
+    spared = {part for part, module in modules.items() if _spares(listed, module, layers)}
     if q.get("quant_method") == "mxfp4":  # for experts only, whatever the list says
         spared = {"attention", "ffn"}
     parts = [part for part in QUANTIZED if part not in spared]
@@ -254,8 +251,5 @@ def _compressed_tensors(c: Config, q: Mapping[str, Any]) -> tuple[str, float, bo
     if dtype is None or not isinstance(bits, int):
         raise c.error(f"quantization_config: weights of {bits!r} bits, type {kind!r}, are not covered yet")
     scale = 8 if dtype == "fp4" else 16
-    return (
-        dtype,
-        bits + (scale / size if isinstance(size, int) and size > 0 else 0.0),
-        bool(group.get("input_activations")),
-    )
+    more = scale / size if isinstance(size, int) and size > 0 else 0.0
+    return dtype, bits + more, bool(group.get("input_activations"))

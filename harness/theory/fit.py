@@ -63,10 +63,6 @@ def _jacobian(residuals: Callable[[Array], Array], x: Array, r: Array, high: Arr
     for i in range(len(x)):
         h = 1e-5 * max(1.0, abs(x[i]))
         moved = x.copy()
-        moved[i] += (
-            h
-            if np.isinf(np.broadcast_to(high, x.shape)[i]) or moved[i] + h <= np.broadcast_to(high, x.shape)[i]
-            else -h
-        )
+        moved[i] += h if moved[i] + h <= np.broadcast_to(high, x.shape)[i] else -h
         columns.append((residuals(moved) - r) / (moved[i] - x[i]))
     return np.stack(columns, axis=1)

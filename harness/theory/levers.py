@@ -59,14 +59,8 @@ def _changes(
         yield "setting", "fp8 KV cache", QUALITY, hardware, {"kv_dtype": "fp8"}, batch
     tp = int(asked.get("tp") or 1)
     if tp < 8:
-        yield (
-            "setting",
-            f"TP {2 * tp}",
-            f"tensor parallel over {2 * tp} accelerators instead of {tp}",
-            hardware,
-            {"tp": 2 * tp},
-            batch,
-        )
+        note = f"tensor parallel over {2 * tp} accelerators instead of {tp}"
+        yield "setting", f"TP {2 * tp}", note, hardware, {"tp": 2 * tp}, batch
     if asked.get("mode") != "open":
         if 2 * batch <= base.largest_batch:
             yield "load", f"batch {2 * batch}", "twice the requests in flight", hardware, {}, 2 * batch
@@ -75,12 +69,8 @@ def _changes(
     for name in OTHERS:
         chip = find(name)
         if chip.name != hardware.name and (chip.vendor == hardware.vendor or hardware.measured):
-            priced = math.isfinite(chip.usd_per_h)
-            note = (
-                f"${units.number(chip.usd_per_h, 3)}/h, {chip.price_source.partition(',')[0]}"
-                if priced
-                else "no price known"
-            )
+            price = f"${units.number(chip.usd_per_h, 3)}/h, {chip.price_source.partition(',')[0]}"
+            note = price if math.isfinite(chip.usd_per_h) else "no price known"
             yield "hardware", chip.name, note, chip, {"calibration": None} if hardware.measured else {}, batch
 
 
