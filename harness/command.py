@@ -159,7 +159,10 @@ def summarise(folder: Path, progress: Progress | None = None, hardware_name: str
         wanted = dict(theory) | given
         engine = {"served": loaded.run.get("model"), "interpreter": loaded.run["scenario"]["engine"].get("python"),
                   **(loaded.run.get("engine") or {})}  # fmt: skip
-        loaded.run["theory"] = theory_inputs(wanted, engine, progress or Progress(True))
+        stored = loaded.run.get("theory") or {}
+        kept = {name: stored.get(name) for name in ("model", "hardware")
+                if name not in given and f"{name}_config" not in given}  # fmt: skip
+        loaded.run["theory"] = theory_inputs(wanted, engine, progress or Progress(True), kept)
         store.write_json(folder / store.RUN, loaded.run)
     if told := {key: value for key, value in (worth or {}).items() if value}:
         validate(told, "the options")
@@ -236,12 +239,16 @@ def _differences(stored: Any, now: Any, where: str = store.SUMMARY) -> Iterator[
         yield f"{where} is {json.dumps(stored)[:60]}, and the records give {json.dumps(now)[:60]}"
 
 
-def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """The model and the hardware row to predict with, as data; what is missing, and which option would help."""
+def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress: Progress,
+                  kept: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+    """The model and the hardware row to predict with, as data; what is missing, and which option would help.
+
+    What is `kept` of them is taken as it is: a machine is not measured anew where a run's own row is known.
+    """
     missing: list[dict[str, str]] = []
-    model, row = None, None
+    model, row, kept = None, None, kept or {}
     try:
-        model = _model(theory, engine)
+        model = model_from(kept["model"]) if kept.get("model") else _model(theory, engine)
     except RidgelineError as problem:
         missing.append(
             {
@@ -250,7 +257,7 @@ def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress
             }
         )
     try:
-        row = _hardware(theory, engine, model, progress)
+        row = from_row(kept["hardware"]) if kept.get("hardware") else _hardware(theory, engine, model, progress)
     except RidgelineError as problem:
         missing.append({"saw": f"no prediction: {problem}",
                         "do": "give --hardware NAME (`ridgeline hardware` lists them), or `machine` for this one"})  # fmt: skip

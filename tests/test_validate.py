@@ -374,3 +374,10 @@ def test_a_run_is_calibrated_on_and_reported_with_it(ridgeline, simulated, tmp_p
     assert none.returncode == 2 and "no valid point" in none.stderr
     page = ridgeline("report", "second", "-o", "page.html", "--calibration", "mine.json")
     assert page.returncode == 0, page.stderr
+    # The machine of a run is not the one that makes the report: its row stays, unless another is asked for.
+    kept = json.loads((tmp_path / "second" / "run.json").read_text())
+    kept["theory"]["hardware"] |= {"name": "where it ran", "measured": True}
+    (tmp_path / "second" / "run.json").write_text(json.dumps(kept))
+    for options, name in ((("--calibration", "mine.json"), "where it ran"), (("--hardware", "L4"), "L4")):
+        assert ridgeline("report", "second", "-o", "page.html", *options).returncode == 0
+        assert json.loads((tmp_path / "second" / "run.json").read_text())["theory"]["hardware"]["name"] == name
