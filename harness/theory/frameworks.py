@@ -38,6 +38,7 @@ class Framework:
     (0: fused); `scratch_tokens`: of which the kernels of narrow weights keep space for outputs.  `gathers`: what comes at
     once is taken at once; others take the first prompt that comes and prefill it alone, while the rest of its batch is still
     being read.  `attention_rows`: that decode attention computes for each KV head, however few of its query heads there are.
+    `experts_lose`: the power of `compute` that the experts' products take.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Framework:
     scratch_tokens: float = 0.0
     gathers: bool = False
     attention_rows: float = 1.0
+    experts_lose: float = 1.0
 
 
 # Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
@@ -179,6 +181,9 @@ LATENT = ("deepseek_v2", "deepseek_v3")
 # releases, with the narrower tile since about the second [unverified].  It counts where little compute goes with much bandwidth.
 FLASH3 = {"vllm": ((0, 8), (0, 10)), "sglang": ((0, 4, 6), (0, 5))}
 HOPPER = ("H100", "H200", "H20", "H800", "GH200")
+# These compute experts with a Triton kernel of their own, whose losses on a platform lie between none and the library's
+# (rocBLAS on MI300X in 2024: 8.8 times the time): half way in the logarithm.
+FUSED_EXPERTS = ("vllm", "sglang")
 CPU_CHUNK = 2048  # tokens of a pass on a CPU: vLLM's max_num_batched_tokens there, llama.cpp's n_batch
 LAST_LOGITS = (4, 45)  # since this release transformers' generate() computes a prompt's last logits only
 # Since this one each layer replaces its own cache; before it the old caches of all layers live until the step has ended.
@@ -221,6 +226,7 @@ def find(
     hosted = next((v for prefix, v in HOST.items() if hardware.name.startswith(prefix)), 1.0)
     row = replace(row, launch_s=row.launch_s * hosted, gathers=named(name) == "llama.cpp")
     since, narrower = FLASH3.get(named(name), ((10**6,), (10**6,)))
+    row = replace(row, experts_lose=0.5 if named(name) in FUSED_EXPERTS else 1.0)
     if hardware.name.split("-")[0] in HOPPER and since <= (at := release(name) or narrower):
         row = replace(row, attention_rows=64.0 if at >= narrower else 128.0)
     if row.copied and "exllamav2" in (name or "").casefold():

@@ -400,9 +400,9 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
         read = model.experts_read(tokens * s.dp)
         grouping = _grouping(s)
         experts, more = _widened(s, parts["experts"] * read / s.dp * grouping, tokens)
-        unpacking = unpacking + more
-        jobs.append((s.gemm, experts,
-                     routed * tokens * slower * grouping, s.flops))  # fmt: skip
+        unpacking, fw = unpacking + more, s.framework
+        own = fw.compute ** (fw.experts_lose - 1.0)  # by the engine's own kernels, not the library's
+        jobs.append((s.gemm, experts, routed * tokens * slower * grouping * own, s.flops))
     zero = np.zeros_like(tokens, dtype=np.float64)
     terms: Terms = {"weights": zero + unpacking, "matmul": zero, "ridge": zero}
     hidden: Terms = {"weights": zero, "matmul": zero}
