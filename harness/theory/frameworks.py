@@ -38,7 +38,8 @@ class Framework:
     (0: fused); `scratch_tokens`: of which the kernels of narrow weights keep space for outputs.  `gathers`: what comes at
     once is taken at once; others take the first prompt that comes and prefill it alone, while the rest of its batch is still
     being read.  `attention_rows`: that decode attention computes for each KV head, however few of its query heads there are.
-    `experts_lose`: the power of `compute` that the experts' products take.
+    `experts_lose`: the power of `compute` that the experts' products take; `untuned`:
+    by kernels not yet made for the model (TUNED_LATENT).
     """
 
     name: str
@@ -74,6 +75,7 @@ class Framework:
     gathers: bool = False
     attention_rows: float = 1.0
     experts_lose: float = 1.0
+    untuned: bool = False
 
 
 # Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
@@ -219,7 +221,7 @@ def find(
     ran = release(name) or (KNOWN_SINCE.get(family, (4, 0)) if offline else (99, 0))
     row = replace(row, all_logits=row.all_logits and ran < LAST_LOGITS, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
     if family in LATENT and (release(name) or (99,)) < TUNED_LATENT.get(named(name), (0,)):
-        row = replace(row, step_s=row.step_s + UNTUNED_STEP_S)
+        row = replace(row, step_s=row.step_s + UNTUNED_STEP_S, untuned=True)
     if named(name) == "vllm":
         large, new = _large(hardware), (release(name) or OVERLAPPED["vllm"]) >= OVERLAPPED["vllm"]
         row = replace(row, sequences=1024.0 if large and new else 256.0, chunk=row.chunk if large or not new else 2048)
