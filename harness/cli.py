@@ -269,11 +269,17 @@ def machine(
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, whatever was stored.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the row as JSON.")] = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Measure the first GPU, through torch or cupy.")] = False,
+    python: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure the bf16 kernels of this interpreter's torch too, as an engine on the cores uses them."
+        ),
+    ] = None,
 ) -> None:
     """Measure this machine's memory bandwidth and matrix FLOPS: its row for predictions."""
     from harness import command
 
-    typer.echo(command.machine(out, fresh, as_json, gpu))
+    typer.echo(command.machine(out, fresh, as_json, gpu, python))
 
 
 @app.command()

@@ -157,7 +157,8 @@ def summarise(folder: Path, progress: Progress | None = None, hardware_name: str
     given = {key: value for key, value in given.items() if value}
     if given or "theory" not in loaded.run:
         wanted = dict(theory) | given
-        engine = {"served": loaded.run.get("model"), **(loaded.run.get("engine") or {})}
+        engine = {"served": loaded.run.get("model"), "interpreter": loaded.run["scenario"]["engine"].get("python"),
+                  **(loaded.run.get("engine") or {})}  # fmt: skip
         loaded.run["theory"] = theory_inputs(wanted, engine, progress or Progress(True))
         store.write_json(folder / store.RUN, loaded.run)
     if told := {key: value for key, value in (worth or {}).items() if value}:
@@ -309,7 +310,11 @@ def _hardware(
     if gpus and not name:
         return find(str(gpus[0]["name"] if isinstance(gpus[0], dict) else gpus[0]))
     working_set = model.weight_bytes(theory["dtype"]) if model else None
-    return from_row(machine.row(working_set, progress.line))
+    row = machine.row(working_set, progress.line)
+    dtype = theory["dtype"] or (model.dtype if model else "")
+    if engine.get("kind") == "vllm" and engine.get("interpreter") and dtype in ("bf16", "fp16"):
+        row = machine.with_kernels(row, engine["interpreter"], dtype, progress.line)
+    return from_row(row)
 
 
 def text_of(found: Mapping[str, Any], folder: Path, page: Path | None) -> str:
@@ -397,11 +402,13 @@ def _predicted_text(inputs: Mapping[str, Any], scenario: Scenario, batch: int) -
     )
 
 
-def machine(out: Path | None, fresh: bool, as_json: bool, gpu: bool) -> str:
+def machine(out: Path | None, fresh: bool, as_json: bool, gpu: bool, python: str | None) -> str:
     from harness import machine as this
     from harness import machine_gpu
 
     row = machine_gpu.row() if gpu else this.row(None, Progress().line, fresh=fresh)
+    if python and "matrix_bytes_per_s" not in (row := this.with_kernels(row, python, "bf16", Progress().line, fresh)):
+        raise RidgelineError(f"--python {python}: no interpreter with a torch for the cores; give that of the engine")
     text = json.dumps(store.clean(row), indent=1)
     if out:
         store.write_text(out, text + "\n")

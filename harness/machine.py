@@ -224,6 +224,31 @@ def row(working_set_bytes: float | None, say: Say, fresh: bool = False) -> dict[
     return dict(entry["row"]) | {"notes": f"{entry['row']['notes']}; measured {age} before it was used"}
 
 
+def with_kernels(row: dict[str, Any], interpreter: str, dtype: str, say: Say, fresh: bool = False) -> dict[str, Any]:
+    """The row and what the matrix kernels of the torch that `interpreter` has reach in `dtype`; the row alone where it has
+    none for the cores.  Takes about 4 s, and is stored as rows are, but where others disturbed it."""
+    from harness import torch_rates
+
+    key = f"{cpu_model()}, {usable_cores()} cores, {dtype} by {os.path.abspath(interpreter)}"
+    stored = _stored()
+    if fresh or (entry := stored.get(key)) is None:
+        before = _busy_s()
+        say(f"measuring the {dtype} matrix kernels of {interpreter}")
+        source = Path(torch_rates.__file__).read_text(encoding="utf-8")
+        command = [interpreter, "-c", source, dtype, str(usable_cores()), "3"]
+        try:
+            found = json.loads(subprocess.run(command, capture_output=True, timeout=120, check=True).stdout)
+        except (OSError, subprocess.SubprocessError, ValueError):
+            return row
+        entry = {"measured_at_s": time.time(), "others_share": _others_share(before), "row": found}
+        if entry["others_share"] <= DISTURBED_SHARE:
+            _store(stored | {key: entry})
+    rates = entry["row"]
+    told = f"{dtype} kernels measured with torch {rates['torch']}: products with one row read {rates['bytes_per_s'] / 1e9:.1f} GB/s"
+    return row | {"flops": row["flops"] | {dtype: rates["flops_per_s"]}, "matrix_bytes_per_s": rates["bytes_per_s"],
+                  "notes": f"{row['notes']}; {told}"}  # fmt: skip
+
+
 def _better(row: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     """The higher rate of two measurements of one machine: others slow it down, nothing speeds it up."""
     flops = {name: max(rate, earlier["flops"].get(name, 0.0)) for name, rate in row["flops"].items()}

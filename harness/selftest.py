@@ -1,7 +1,7 @@
 """The instrument's own error and ceiling, measured against the simulator on this machine.
 
-The simulator logs when it really sent, on the same clock, so error = client - sent, and the side that saturated is
-known.  The result is kept beside the machine's row and goes into every run's provenance.
+The simulator logs when it really sent, on the client's clock, so error = client - sent, and the side that saturated is
+known: what passes between the client's writing and the simulator's reading is the simulator's.  The result is kept beside the machine's row and goes into every run's provenance.
 """
 
 from __future__ import annotations
@@ -53,26 +53,30 @@ class Rung:
 
     @property
     def saturated(self) -> str:
-        """The side that could not follow: "", "client", "server" (then the rung says nothing of the client)."""
-        if self.server_late_s > LATE_S:
-            return "server"
-        return "client" if not abs(self.ttft_error_mean_s) <= TRUE_WITHIN_S or self.errors else ""
+        """The side that could not follow: "", "client", "server" (whose bursts then tell nothing of the client)."""
+        if abs(self.ttft_error_mean_s) <= TRUE_WITHIN_S and not self.errors:
+            return ""
+        return "server" if self.server_late_s > LATE_S else "client"
+
+
+def simulator(cores: Sequence[int]) -> contextlib.AbstractContextManager[str]:
+    """The base URL of a simulator of the stated law, kept to `cores` where the system can."""
+    law = ["--ttft-base", f"{TTFT_MS}ms", "--itl-base", f"{ITL_MS}ms"]
+    return started([sys.executable, "-m", "harness.simulator", "--port", "0", *law], cores)
 
 
 @contextlib.contextmanager
-def simulator(cores: Sequence[int]) -> Iterator[str]:
-    """The base URL of a simulator of the stated law, kept to `cores` where the system can."""
-    law = ["--ttft-base", f"{TTFT_MS}ms", "--itl-base", f"{ITL_MS}ms"]
-    process = subprocess.Popen([sys.executable, "-m", "harness.simulator", "--port", "0", *law], stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+def started(command: Sequence[str], cores: Sequence[int]) -> Iterator[str]:
+    """The base URL of a server that says "NAME: URL" when it serves; it ends with the block."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         if cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(process.pid, cores)
         assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line.startswith("simulator: "):
-            raise RidgelineError("selftest: the simulator did not start", 6)
-        yield line.split()[1]
+        name, _, url = process.stdout.readline().partition(": ")
+        if not url:
+            raise RidgelineError(f"selftest: {name.strip() or command[0]}: the server did not start", 6)
+        yield url.split()[0]
     finally:
         process.terminate()
         process.wait(10)
@@ -110,7 +114,7 @@ def measure(streams: Sequence[int], play: Callable[[Any], Any], progress: Progre
                     scenario(url, n), ["ridgeline", "selftest"], str(folder / str(n)), folder, Progress(True)
                 )
                 play(work)
-                found.append(_rung(n, store.load(folder / str(n)), truth(url)))
+                found.append(_rung(n, store.load(folder / str(n)), url))
                 progress.line(line_of(found[-1]))
     finally:
         if before:
@@ -126,27 +130,42 @@ def _ask(url: str, body: bytes | None = None) -> bytes:
 
 
 class Truth(NamedTuple):
-    """What a simulator really sent, of n whole answers of TOKENS tokens, in seconds."""
+    """What a server really sent, of n whole answers of TOKENS tokens, in seconds."""
 
     ttft_s: Floats  # [n]
     itl_s: Floats  # [n, TOKENS - 1]
-    late_s: Floats  # [n, TOKENS], each event against the law
+    late_s: float  # mean of all events, against the law
     lasted_s: float  # from the first request to the last token
 
 
-def truth(url: str) -> Truth:
-    """By the log of the simulator at `url`, since its last reset; empty where no answer was whole."""
+def truth(url: str, asked_s: Floats | None = None) -> Truth:
+    """By the log of the server at `url`, since its last reset; empty where no answer was whole.
+
+    A server may read a burst of requests late.  Where it is known when they were written (`asked_s` [n] on the server's
+    clock, in the order of their first tokens), the first tokens count from there, and the delay is the server's; a request
+    that was read before the client says that it was written counts from when it was read.
+    """
     sent = [r for r in json.loads(_ask(f"{url}/__log__"))["requests"] if len(r["sent_s"]) == TOKENS]
+    sent.sort(key=lambda r: r["sent_s"][0])
+    times_s = np.array([r["sent_s"] for r in sent]).reshape(-1, TOKENS)
+    received_s = np.array([r["received_s"] for r in sent])
+    late_s = float(np.mean([r["late_s"] for r in sent])) if sent else NAN
+    began_s = received_s
+    if asked_s is not None and len(asked_s) == len(sent):
+        on_the_way_s = np.sort(received_s) - np.sort(asked_s)
+        began_s = asked_s + np.minimum(on_the_way_s, 0).mean()
+        late_s += float(np.maximum(on_the_way_s, 0).mean())
     return Truth(
-        ttft_s=np.array([r["sent_s"][0] - r["received_s"] for r in sent]),
-        itl_s=np.array([np.diff(r["sent_s"]) for r in sent]),
-        late_s=np.array([r["late_s"] for r in sent]),
-        lasted_s=max(r["sent_s"][-1] for r in sent) - min(r["received_s"] for r in sent) if sent else NAN,
+        ttft_s=times_s[:, 0] - began_s,
+        itl_s=np.diff(times_s),
+        late_s=late_s,
+        lasted_s=float(times_s[:, -1].max() - received_s.min()) if sent else NAN,
     )
 
 
-def _rung(streams: int, run: store.Run, true: Truth) -> Rung:
+def _rung(streams: int, run: store.Run, url: str) -> Rung:
     good = run.records.where(run.records.ok)
+    true = truth(url, good.sent_s[np.argsort(good.first_token_s)] + run.run["t0_monotonic_s"])
     if not len(good) or not len(true.ttft_s):
         raise RidgelineError(f"selftest: no whole answer at {streams} streams", 6)
     ttft, itl = metrics.ttft_s(good), metrics.chunk_gap_s(good)
@@ -161,7 +180,7 @@ def _rung(streams: int, run: store.Run, true: Truth) -> Rung:
         itl_error_mean_s=float(itl.mean() - true.itl_s.mean()),
         itl_error_p99_s=_apart(itl, true.itl_s, 0.99),
         server_ttft_mean_s=float(true.ttft_s.mean()),
-        server_late_s=float(true.late_s.mean()),
+        server_late_s=true.late_s,
         cpu_per_token_s=senses["cpu_share"] * (senses["ended_s"] - senses["started_s"]) / tokens,
         lag_p99_s=senses["lag_p99_s"] if senses["lag_p99_s"] is not None else NAN,
         requests=len(run.records),

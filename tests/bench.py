@@ -1,8 +1,9 @@
 """What the instrument costs and how true it is, beside its peers: `make bench`.
 
-One table: streams, tokens/s as the server sent them, error of TTFT and ITL (reported minus really sent, by the simulator's log), CPU per token of the whole
-process tree, start-up included, and its memory.  The server is kept to one core, each client to another.  vllm bench serve
-is measured where `make vllm` installed it, guidellm and aiperf where `make peers` did.
+One table: streams, tokens/s as the server sent them, error of TTFT and ITL (reported minus really sent, by the server's
+log), CPU per token of the whole process tree, start-up included, and its memory.  The server is kept to one core, each
+client to another; it is known_server.c where a C compiler is found, else the simulator, which is slower: it reads a burst
+of requests late.  vllm bench serve is measured where `make vllm` installed it, guidellm and aiperf where `make peers` did.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ import psutil
 from harness import selftest
 
 ROOT = Path(__file__).parent.parent
+SERVER = Path(__file__).parent / "known_server.c"
 VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 PEERS = ROOT / ".venv-peers" / "bin"
 TOKENIZER = ROOT / ".models" / "llama-134m"
@@ -209,11 +212,27 @@ def truth(url: str, requests: int, itl_of: str) -> tuple[Figures, float]:
             for k, v in pick.items() for q in ("mean", "p50", "p99")}, requests * selftest.TOKENS / lasted_s  # fmt: skip
 
 
-def line(name: str, n: int, limit_s: float) -> str:
+def built(folder: Path) -> Path | None:
+    """known_server, compiled into `folder`; None where no compiler can."""
+    compiler, made = shutil.which("cc"), folder / "known_server"
+    if not compiler or sys.platform != "linux":
+        return None
+    done = subprocess.run([compiler, "-O2", "-o", str(made), str(SERVER)], capture_output=True, check=False)
+    return None if done.returncode else made
+
+
+def serving(server: Path | None, cores: Sequence[int]) -> contextlib.AbstractContextManager[str]:
+    """The base URL of a server of the known timings: `server`, or the simulator."""
+    if server is None:
+        return selftest.simulator(cores)
+    return selftest.started([str(server), "0", str(selftest.TTFT_MS), str(selftest.ITL_MS)], cores)
+
+
+def line(name: str, n: int, limit_s: float, server: Path | None) -> str:
     """One client measured once at `n` streams, as a row of the table."""
     client_cores, server_cores = selftest.split_cores()
     client, requests = CLIENTS[name], n * selftest.REQUESTS_PER_STREAM
-    with tempfile.TemporaryDirectory() as temporary, selftest.simulator(server_cores) as url:
+    with tempfile.TemporaryDirectory() as temporary, serving(server, server_cores) as url:
         folder = Path(temporary)
         try:
             call = client.call(url, n, folder)
@@ -243,10 +262,13 @@ def main() -> None:
     columns = [f"{m} {q}" for m in ("TTFT", "ITL") for q in ("mean", "p50", "p99")]
     print(f"{'client':>16} {'streams':>7} {'tokens/s':>8} " + " ".join(f"{c:>10}" for c in columns)
           + "  us CPU/token   MB peak  kB/token")  # fmt: skip
-    print(" " * 34 + "error in ms: what the client reports minus what the server really sent")
-    for n in (int(n) for n in options.streams.split(",")):
-        for name in present:
-            print(line(name, n, options.limit), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        server = built(Path(folder))
+        print(" " * 34 + "error in ms: what the client reports minus what "
+              + (f"{SERVER.name} really sent" if server else "the simulator really sent (no C compiler here)"))  # fmt: skip
+        for n in (int(n) for n in options.streams.split(",")):
+            for name in present:
+                print(line(name, n, options.limit, server), flush=True)
     if any(CLIENTS[name].itl_of == "requests" for name in present):
         print("guidellm's ITL percentiles are of one mean a request, and are held against the same of what was sent")
 

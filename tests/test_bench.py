@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
+from harness import selftest
 from tests import bench
 
 ROOT = Path(__file__).parent.parent
@@ -52,3 +59,41 @@ def test_one_row_of_the_table_for_each_client_that_is_here() -> None:
     assert row[:2] == ["ridgeline", "2"] and len(row) == 12, done.stdout
     assert all(re.fullmatch(r"[+-]\d+\.\d+", figure) for figure in row[3:9])
     assert float(row[9]) > 0
+
+
+def stream(url: str) -> float:
+    """One answer of TOKENS tokens, read to its end; returns when it was asked for, by the servers' clock."""
+    body = json.dumps({"model": "simulated", "prompt": "a", "max_tokens": selftest.TOKENS, "stream": True}).encode()
+    asked = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    at_s = time.perf_counter()
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        assert answer.read().rstrip().endswith(b"data: [DONE]")
+    return at_s
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_the_server_in_c_keeps_its_law_and_tells_when_it_sent(tmp_path: Path) -> None:
+    server = bench.built(tmp_path)
+    assert server
+    with bench.serving(server, []) as url:
+        asked_s = stream(url)
+        sent = selftest.truth(url)
+    assert sent.ttft_s.shape == (1,) and sent.itl_s.shape == (1, selftest.TOKENS - 1)
+    assert sent.ttft_s[0] >= 0.0499 and 0 <= sent.late_s < 0.02
+    assert sent.itl_s.mean() == pytest.approx(0.01, rel=0.05)
+    assert sent.lasted_s == pytest.approx(time.perf_counter() - asked_s, abs=0.3)
+
+
+def test_what_a_server_reads_late_is_its_own_lateness() -> None:
+    with selftest.simulator([]) as url:
+        process = psutil.Process().children()[-1]
+        process.suspend()
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(stream, url)
+            time.sleep(0.3)
+            process.resume()
+            asked_s = answer.result()
+        by_its_reading, by_our_writing = selftest.truth(url), selftest.truth(url, np.array([asked_s]))
+    assert by_its_reading.ttft_s[0] < 0.2
+    assert by_our_writing.ttft_s[0] >= 0.3
+    assert by_our_writing.late_s > by_its_reading.late_s + 0.2

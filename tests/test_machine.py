@@ -19,6 +19,7 @@ from harness.records import RidgelineError
 from harness.theory.hardware import from_row
 
 ROOT = Path(__file__).parent.parent
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 
 
 def test_the_description_is_json_and_keeps_the_name_of_the_machine_to_itself() -> None:
@@ -103,6 +104,28 @@ def test_a_disturbed_row_is_measured_again_and_the_better_rate_counts(tmp_path: 
     row, said = call(tmp_path, ROW)
     assert "measuring" in said
     assert row["flops"] == {"fp32": 9e99} and row["bytes_per_s"] > 1e8
+
+
+def with_kernels(cache: Path, interpreter: Path | str) -> tuple[dict[str, Any], str]:
+    say = "lambda s: print(s, file=sys.stderr)"
+    return call(cache, f"print(json.dumps(machine.with_kernels({STORED!r}, {str(interpreter)!r}, 'bf16', {say})))")
+
+
+@pytest.mark.parametrize("interpreter", [sys.executable, "/no/such/python"])
+def test_an_interpreter_without_torch_leaves_the_row_as_it_is(tmp_path: Path, interpreter: str) -> None:
+    assert with_kernels(tmp_path, interpreter)[0] == STORED
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not VLLM.exists(), reason="make vllm-engine")
+def test_an_engines_own_kernels_are_measured_and_kept(tmp_path: Path) -> None:
+    row, said = with_kernels(tmp_path, VLLM)
+    assert "measuring the bf16" in said and "torch" in row["notes"]
+    assert 1e9 < row["flops"]["bf16"] < 1e15 and 1e8 < row["matrix_bytes_per_s"] < 1e13
+    assert from_row(row | {"mem_bytes": 1e9}).flops["bf16"] == row["flops"]["bf16"]
+    kept = (tmp_path / "ridgeline" / "machine.json").exists()  # not where others disturbed it
+    again, said = with_kernels(tmp_path, VLLM)
+    assert ("measuring" in said) is not kept and (not kept or again == row)
 
 
 def test_others_on_the_cores_are_noticed() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.records import RidgelineError
-from harness.theory import hardware
+from harness.theory import hardware, kernels
 
 ROWS = hardware.catalogue()
 
@@ -214,10 +214,20 @@ def test_a_measured_row_needs_four_fields():
     assert math.isnan(row.usd_per_h)
 
 
+def test_narrow_matrices_are_read_at_the_rate_that_was_measured_of_them():
+    row = hardware.from_row(MEASURED | {"matrix_bytes_per_s": 1e10})
+    assert kernels.law(row, "gemm", "bf16").bandwidth == 0.25
+    assert (
+        kernels.law(row, "gemm", "int4").bandwidth == kernels.law(hardware.from_row(MEASURED), "gemm", "bf16").bandwidth
+    )
+    assert kernels.law(row, "decode", "bf16") == kernels.law(hardware.from_row(MEASURED), "decode", "bf16")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"bytes_per_s": 0}, "bytes_per_s"),
+        ({"matrix_bytes_per_s": 0}, "matrix_bytes_per_s"),
         ({"bytes_per_s": math.nan}, "bytes_per_s"),
         ({"bytes_per_s": "4e10"}, "bytes_per_s"),
         ({"mem_bytes": None}, "mem_bytes"),

@@ -49,6 +49,9 @@ class Hardware:
     measured: bool = False
     price_source: str = ""
     link_group: int = 0  # 0: the link joins every accelerator of the machine
+    matrix_bytes_per_s: float = (
+        NAN  # what products with few rows read of 16-bit matrices, where that was measured apart
+    )
 
     def as_dict(self) -> dict[str, Any]:
         """The row as JSON takes it (NaN is null); `from_row` reads it back."""
@@ -103,7 +106,7 @@ def from_row(row: Mapping[str, Any]) -> Hardware:
         bytes_per_s=_positive(name, "bytes_per_s", row.get("bytes_per_s")),
         **{
             key: NAN if row.get(key) is None else _positive(name, key, row[key])
-            for key in ("link_bytes_per_s", "pcie_bytes_per_s", "tdp_w", "usd_per_h")
+            for key in ("link_bytes_per_s", "pcie_bytes_per_s", "tdp_w", "usd_per_h", "matrix_bytes_per_s")
         },
         source=str(row.get("source") or ""),
         notes=str(row.get("notes") or ""),

@@ -86,7 +86,10 @@ def _named(name: str, measured: bool, bytes_per_s: float, kernel: str, dtype: st
 
 def law(hardware: Hardware, kernel: str, dtype: str) -> Law:
     """The law of `kernel` ("gemm", "decode", "prefill") for a dtype; of hardware like it where there is none."""
-    return _named(hardware.name, hardware.measured, hardware.bytes_per_s, kernel, dtype)
+    found = _named(hardware.name, hardware.measured, hardware.bytes_per_s, kernel, dtype)
+    if kernel == "gemm" and dtype in ("bf16", "fp16") and hardware.matrix_bytes_per_s > 0:
+        return replace(found, bandwidth=hardware.matrix_bytes_per_s / hardware.bytes_per_s)
+    return found
 
 
 @cache
