@@ -67,7 +67,9 @@ UNDER_LOAD = {
     ("e2e_s", "dense", "*"): ((0.84, 1.18), (0.65, 1.6)),
     ("e2e_s", "moe", "*"): ((0.75, 1.55), (0.72, 1.45)),
     ("output_tokens_per_s", "dense", "*"): ((0.74, 1.24), (0.57, 1.3)),
-    ("output_tokens_per_s", "moe", "*"): ((0.6, 1.22), (0.66, 1.35)),
+    ("output_tokens_per_s", "moe", "one"): ((0.6, 1.22), (0.66, 1.35)),
+    # Upwards also what is gained where attention runs in data parallel, which tables do not tell (TensorRT-LLM's page does).
+    ("output_tokens_per_s", "moe", "several"): ((0.6, 1.22), (0.73, 1.65)),
 }
 ELSEWHERE = 1.4  # power of the span on hardware whose kernels were not measured
 FITTED: dict[tuple[object, ...], calibrate.Calibration | None] = {}
