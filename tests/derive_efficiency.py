@@ -31,7 +31,7 @@ from harness.theory.fit import least_squares
 SYSTEMS = {
     "a100_sxm": ("A100-SXM-80GB", "A100;A800;A30", 40e6),
     "h100_sxm": ("H100-SXM-80GB", "H100;GH200;H800", 50e6),
-    "h200_sxm": ("H200-SXM", "H200;H20", 50e6),
+    "h200_sxm": ("H200-SXM", "H200", 50e6),
     "l40s": ("L40S", "L40S;L40;L4;L20;RTX-4090;RTX-4080;RTX-4070-Ti;RTX-6000-Ada;RTX-5000-Ada;RTX-4000-Ada", 96e6),
     "b200_sxm": ("B200-SXM", "B200;GB200;B300;GB300", 126e6),
     "rtx_pro_6000_server": ("RTX-PRO-6000-Blackwell-Server", "RTX-PRO-6000;RTX-5090;RTX-5080", 128e6),
@@ -54,9 +54,19 @@ PCIE = ("L40S", "RTX")
 # Shares of the dense peak that others measured, for hardware without tables: maximum achievable matmul FLOPS of
 # stas00/ml-engineering (MI300X 668 of 1307 TFLOPS, Gaudi2 419 of 432), and 43 % of 125 TFLOPS on an A10 (karpathy/llm.c
 # pull request 621).  What is not stated is as of "*".
+#
+# H20 (148 TFLOPS beside 4 TB/s): kernels that compute tiles of 64 rows, as wgmma and Triton's default for blockwise fp8 do, are
+# bound by computing at any batch up to 64: 5,120 x 51,200 in fp8 takes 142 us with 16 and with 64 rows, 267 with 128
+# (alibaba/InferSim@7505de9b:bench_data/gemm/h20/data.csv, DeepGEMM, to 70 rows of which the fp8 law is fitted); on an H20-3e the
+# kernel tuned for it reads 157 MB for one token in 78 us (sgl-project/sglang pull request 39306).  16 bit computes and reads
+# twice as long: the same tile, the latency and bandwidth of an H200.  Kernels of narrow weights (Marlin) have tiles of 16.
+# Prefill: bench_data/mha of InferSim (0.59 of the peak at 1,024 tokens, 0.88 at 32,768).
+H20 = [("gemm", "bf16", 4.64, 0.8629, 0.9156, 2.786, "", 64, 0), ("gemm", "fp8", 3.673, 0.97, 0.9156, 1.823, "", 64, 70),
+       ("gemm", "fp8_block", 3.673, 0.97, 0.9156, 1.823, "", 64, 70), ("gemm", "int4", 15, 0.8216, 0.8356, 1, "", 16, 0),
+       ("gemm", "int8_weights", 15, 0.792, 0.7286, 1.092, "", 16, 0), ("prefill", "bf16", 13.41, 0.412, 0.88, "", 350, "", 5)]  # fmt: skip
 STATED = {"MI300X;MI325X;MI350X;MI355X": 0.51, "Gaudi2": 0.87, "A10": 0.5}
 COLUMNS = ("hardware", "reference", "kernel", "dtype", "gpus", "latency_us", "bandwidth", "compute", "sharpness", "half_length",
-           "error", "rows")  # fmt: skip
+           "tile", "error", "rows")  # fmt: skip
 
 
 def main(folder: Path, out: Path) -> None:
@@ -65,6 +75,9 @@ def main(folder: Path, out: Path) -> None:
     common = next(r for r in rows if r["hardware"] == "*" and r["kernel"] == "gemm" and r["dtype"] == "bf16")
     rows += [common | {"hardware": name, "compute": share, "rows": 0} for name, share in STATED.items()]
     rows = [r for r in rows if r["kernel"] != "all_reduce" or not r["hardware"].startswith(PCIE)]
+    links = [r for r in rows if r["kernel"] == "all_reduce" and r["hardware"] == "H200"]
+    rows += [r | {"hardware": "H20", "rows": 0} for r in links]
+    rows += [_row("H20", "H20", kernel, dtype, "", *law, "", n) for kernel, dtype, *law, n in H20]
     with out.open("w", newline="") as file:
         file.write(
             "# Laws of measured kernels, derived by tests/derive_efficiency.py from ai-dynamo/aiconfigurator's tables "
@@ -104,7 +117,7 @@ def _gemm(folder):
             return x[0] * 1e-6 + ((reads / x[1]) ** x[3] + (work / x[2]) ** x[3]) ** (1 / x[3])
 
         x, error = _fit(law, g.latency_ms.to_numpy() / 1e3, [4, 0.8, 0.7, 2], [2, 0.3, 0.2, 1.0], [15, 0.97, 1.0, 6])
-        yield _row(prefixes, name, "gemm", ours, "", x[0], x[1], x[2], x[3], "", error, len(g))
+        yield _row(prefixes, name, "gemm", ours, "", x[0], x[1], x[2], x[3], "", "", error, len(g))
 
 
 def _attention(folder, table):
@@ -128,7 +141,7 @@ def _decode(folder):
             return x[0] * 1e-6 + reads / x[1]
 
         x, error = _fit(law, g.latency_ms.to_numpy() / 1e3, [10, 0.8], [2, 0.3], [60, 0.97])
-        yield _row(prefixes, name, "decode", _kv(dtype), "", x[0], x[1], "", "", "", error, len(g))
+        yield _row(prefixes, name, "decode", _kv(dtype), "", x[0], x[1], "", "", "", "", error, len(g))
 
 
 def _prefill(folder):
@@ -148,7 +161,7 @@ def _prefill(folder):
         x, error = _fit(
             law, g.latency_ms.to_numpy() / 1e3, [10, 0.6, 0.6, 300], [2, 0.2, 0.1, 1], [60, 0.97, 1.0, 4000]
         )
-        yield _row(prefixes, name, "prefill", _kv(dtype), "", x[0], x[1], x[2], "", x[3], error, len(g))
+        yield _row(prefixes, name, "prefill", _kv(dtype), "", x[0], x[1], x[2], "", x[3], "", error, len(g))
 
 
 def _kv(dtype):
@@ -170,7 +183,7 @@ def _all_reduce(folder):
             return x[0] * 1e-6 + volume / x[1]
 
         x, error = _fit(law, g.latency.to_numpy() / 1e3, [6, 0.6], [1, 0.02], [100, 1.0])
-        yield _row(prefixes, name, "all_reduce", "", int(gpus), x[0], x[1], "", "", "", error, len(g))
+        yield _row(prefixes, name, "all_reduce", "", int(gpus), x[0], x[1], "", "", "", "", error, len(g))
 
 
 def _row(*values):
@@ -191,7 +204,7 @@ def _generic(rows):
             c: float(np.median([r[c] for r in group])) if group[0][c] != "" else ""
             for c in ("latency_us", "bandwidth", "compute", "sharpness", "half_length")
         }
-        yield {"hardware": name, "reference": "", "kernel": kernel, "dtype": dtype, "gpus": gpus, **middle, "error": "",
+        yield {"hardware": name, "reference": "", "kernel": kernel, "dtype": dtype, "gpus": gpus, **middle, "tile": "", "error": "",
                "rows": sum(r["rows"] for r in group)}  # fmt: skip
 
 

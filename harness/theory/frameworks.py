@@ -37,7 +37,9 @@ class Framework:
     `sequences`: most in a step (vLLM's max_num_seqs).  `score_bytes` of each head's attention matrix that are there at a time
     (0: fused); `scratch_tokens`: of which the kernels of narrow weights keep space for outputs.  `gathers`: what comes at
     once is taken at once; others take the first prompt that comes and prefill it alone, while the rest of its batch is still
-    being read.
+    being read.  `attention_rows`: that decode attention computes for each KV head, however few of its query heads there are.
+    `experts_lose`: the power of `compute` that the experts' products take; `untuned`:
+    by kernels not yet made for the model (TUNED_LATENT).
     """
 
     name: str
@@ -71,6 +73,9 @@ class Framework:
     score_bytes: float = 0.0
     scratch_tokens: float = 0.0
     gathers: bool = False
+    attention_rows: float = 1.0
+    experts_lose: float = 1.0
+    untuned: bool = False
 
 
 # Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
@@ -173,6 +178,14 @@ HOST = {"RTX-40": 0.65, "RTX-50": 0.65, "T4": 1.22}
 TUNED_LATENT = {"vllm": (0, 8), "sglang": (0, 4, 4), "tensorrt-llm": (0, 18)}
 UNTUNED_STEP_S = 25e-3
 LATENT = ("deepseek_v2", "deepseek_v3")
+# FlashAttention-3 computes 128 rows for a decoding query, later 64 (tile_size_fwd_sm90 and use_one_mma_wg in
+# Dao-AILab/flash-attention's hopper/tile_size.h, BSD-3-Clause); these engines decode with it on Hopper since the first of these
+# releases, with the narrower tile since about the second [unverified].  It counts where little compute goes with much bandwidth.
+FLASH3 = {"vllm": ((0, 8), (0, 10)), "sglang": ((0, 4, 6), (0, 5))}
+HOPPER = ("H100", "H200", "H20", "H800", "GH200")
+# These compute experts with a Triton kernel of their own, whose losses on a platform lie between none and the library's
+# (rocBLAS on MI300X in 2024: 8.8 times the time): half way in the logarithm.
+FUSED_EXPERTS = ("vllm", "sglang")
 CPU_CHUNK = 2048  # tokens of a pass on a CPU: vLLM's max_num_batched_tokens there, llama.cpp's n_batch
 LAST_LOGITS = (4, 45)  # since this release transformers' generate() computes a prompt's last logits only
 # Since this one each layer replaces its own cache; before it the old caches of all layers live until the step has ended.
@@ -208,12 +221,16 @@ def find(
     ran = release(name) or (KNOWN_SINCE.get(family, (4, 0)) if offline else (99, 0))
     row = replace(row, all_logits=row.all_logits and ran < LAST_LOGITS, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
     if family in LATENT and (release(name) or (99,)) < TUNED_LATENT.get(named(name), (0,)):
-        row = replace(row, step_s=row.step_s + UNTUNED_STEP_S)
+        row = replace(row, step_s=row.step_s + UNTUNED_STEP_S, untuned=True)
     if named(name) == "vllm":
         large, new = _large(hardware), (release(name) or OVERLAPPED["vllm"]) >= OVERLAPPED["vllm"]
         row = replace(row, sequences=1024.0 if large and new else 256.0, chunk=row.chunk if large or not new else 2048)
     hosted = next((v for prefix, v in HOST.items() if hardware.name.startswith(prefix)), 1.0)
     row = replace(row, launch_s=row.launch_s * hosted, gathers=named(name) == "llama.cpp")
+    since, narrower = FLASH3.get(named(name), ((10**6,), (10**6,)))
+    row = replace(row, experts_lose=0.5 if named(name) in FUSED_EXPERTS else 1.0)
+    if hardware.name.split("-")[0] in HOPPER and since <= (at := release(name) or narrower):
+        row = replace(row, attention_rows=64.0 if at >= narrower else 128.0)
     if row.copied and "exllamav2" in (name or "").casefold():
         row = replace(row, scratch_tokens=EXLLAMAV2_TOKENS)
     if named(name) == "autoawq":

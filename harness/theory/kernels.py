@@ -34,6 +34,7 @@ class Law:
     compute: float = NAN
     sharpness: float = NAN
     half_length: float = NAN  # prefill attention: tokens at which it reaches half of `compute`
+    tile: float = 1.0  # rows that a matrix kernel computes at least, where the fit tells them from reading
 
 
 # A CPU's row is measured by the same kind of loop, so that it is near what a kernel reaches.
@@ -49,8 +50,8 @@ def _table() -> dict[tuple[str, str, str], list[tuple[str, str, Law]]]:
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     table: dict[tuple[str, str, str], list[tuple[str, str, Law]]] = {}
     for row in csv.DictReader(lines):
-        law = Law(float(row["latency_us"]) * 1e-6, *(float(row[c] or "nan") for c in
-                  ("bandwidth", "compute", "sharpness", "half_length")))  # fmt: skip
+        shares = {c: float(row[c] or "nan") for c in ("bandwidth", "compute", "sharpness", "half_length")}
+        law = Law(float(row["latency_us"]) * 1e-6, **shares, tile=float(row["tile"] or 1))
         for prefix in row["hardware"].split(";"):
             table.setdefault((row["kernel"], row["dtype"], row["gpus"]), []).append((prefix, row["reference"], law))
     return table

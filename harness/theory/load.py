@@ -125,6 +125,18 @@ def _round(
     return prefill, own, early, step, prefill.total + (output - 1) * step.total
 
 
+# On those first engines (frameworks.TUNED_LATENT) prefills took 3 to 9 times as long as the laws of today's kernels say; nor does
+# a table tell whether all requests came at once, as there (dstackai/benchmarks' DeepSeek-R1): then a first token waits for all.
+UNTUNED_PREFILL = 9.0
+
+
+def latest_s(s: Setup, clients: Array, tokens: Array, cached_share: float = 0.0) -> Array:
+    """When the mean first token has come at the latest where kernels are untuned and arrivals unknown: 0 where they are not."""
+    if not s.framework.untuned:
+        return np.zeros_like(clients)
+    return UNTUNED_PREFILL * total(one_by_one(s, clients, tokens, cached_share)[1])
+
+
 # Lengths are nominal: benchmarks draw them from 0.8 to 1 of it, 0.9 on average.
 SLACK = 1.1
 # Where weights are fp8 or nvfp4 and the cache's dtype is not told, it may be fp8 too: what waits is what would with a cache of

@@ -323,6 +323,10 @@ def _decode_pass(s: Setup, batch: Array, first: Array, last: Array, width: int) 
         slower *= 3 + 2 * group if group > 1 else 3
     reads = kv * s.kv_copies / (s.hardware.bytes_per_s * s.tp) / s.decode.bandwidth * slower
     computing = flops / (s.head_flops * s.tp) / (0.5 if model.mla else 0.3) * s.factors.compute
+    if not model.mla:  # whole tiles of query rows
+        peak = s.hardware.flops.get("fp8", s.head_flops) if s.kv_dtype == "fp8" else s.head_flops
+        tiles = flops * np.maximum(s.framework.attention_rows / (width * group), 1.0) / (peak * s.tp)
+        computing = np.maximum(computing, tiles / s.prefill.compute * s.factors.compute)
     done = _matrices(s, width * batch, width * batch)
     shorter, longer = np.minimum(reads, computing), np.where(reads >= computing, reads, computing)
     done.terms["kv cache"] = np.where(reads >= computing, longer, 0.0)
@@ -381,17 +385,13 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
     dense = model.matmul_flops_per_token - routed
     slower, slower_head = _narrow(s, tokens), _narrow(s, heads)
     layers, unpacking = _widened(s, parts["attention"] + parts["ffn"] + parts["router"] + parts["norms"], tokens)
+    rows, head_rows = np.maximum(tokens, s.gemm.tile), np.maximum(heads, s.head.tile)
     jobs: list[tuple[kernels.Law, Array | float, Array, float]] = [
-        (
-            s.gemm,
-            layers,
-            dense * tokens * slower,
-            s.flops,
-        ),
+        (s.gemm, layers, dense * rows * slower, s.flops),
         (
             s.head,
             model.vocab * model.hidden * _head_bytes(s),
-            model.head_flops_per_token * heads * slower_head,
+            model.head_flops_per_token * head_rows * slower_head,
             s.head_flops,
         ),
     ]
@@ -400,9 +400,9 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
         read = model.experts_read(tokens * s.dp)
         grouping = _grouping(s)
         experts, more = _widened(s, parts["experts"] * read / s.dp * grouping, tokens)
-        unpacking = unpacking + more
-        jobs.append((s.gemm, experts,
-                     routed * tokens * slower * grouping, s.flops))  # fmt: skip
+        unpacking, fw = unpacking + more, s.framework
+        own = fw.compute ** (fw.experts_lose - 1.0)  # by the engine's own kernels, not the library's
+        jobs.append((s.gemm, experts, routed * tokens * slower * grouping * own, s.flops))
     zero = np.zeros_like(tokens, dtype=np.float64)
     terms: Terms = {"weights": zero + unpacking, "matmul": zero, "ridge": zero}
     hidden: Terms = {"weights": zero, "matmul": zero}

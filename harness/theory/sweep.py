@@ -125,11 +125,12 @@ def sweep(
         timing = load.closed(
             s, b, i, o, np.asarray(waves, dtype=np.float64) if mode == "closed" else np.inf, cached_share
         )
-    return _columns(s, mode, b, i, o, timing, calibration)
+    latest = load.latest_s(s, b, i, cached_share) if mode == "closed" and not calibration else np.zeros_like(b)
+    return _columns(s, mode, b, i, o, timing, calibration, latest)
 
 
 def _columns(
-    s: Setup, mode: str, b: Array, i: Array, o: Array, t: load.Timing, calibration: Calibration | None
+    s: Setup, mode: str, b: Array, i: Array, o: Array, t: load.Timing, calibration: Calibration | None, latest: Array
 ) -> Sweep:
     fits = t.largest >= 1
     steps = np.maximum(o - 1, 0)
@@ -153,6 +154,8 @@ def _columns(
     for metric in METRICS:
         value = np.where(fits, values[metric], np.nan) if metric != "mem_bytes" else values[metric]
         low, high = intervals.around(value, intervals.group(metric, mode, s, calibration), full)
+        if metric == "ttft_s":
+            high = np.where(np.isfinite(high), np.maximum(high, latest), high)
         if metric == "mem_bytes":
             low, high = memory.interval(s, value, low, high)
         if metric == "output_tokens_per_s":
