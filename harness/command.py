@@ -162,7 +162,11 @@ def summarise(folder: Path, progress: Progress | None = None, hardware_name: str
         stored = loaded.run.get("theory") or {}
         kept = {name: stored.get(name) for name in ("model", "hardware")
                 if name not in given and f"{name}_config" not in given}  # fmt: skip
-        loaded.run["theory"] = theory_inputs(wanted, engine, progress or Progress(True), kept)
+        inputs = theory_inputs(wanted, engine, progress or Progress(True), kept)
+        for name, option, at in (("model", "model_config", 0), ("hardware", "hardware", -1)):
+            if option in given and not inputs[name]:  # a typo must not cost the run the row that it knows
+                raise RidgelineError(inputs["missing"][at]["saw"].removeprefix("no prediction: "))
+        loaded.run["theory"] = inputs
         store.write_json(folder / store.RUN, loaded.run)
     if told := {key: value for key, value in (worth or {}).items() if value}:
         validate(told, "the options")
