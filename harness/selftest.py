@@ -1,7 +1,8 @@
 """The instrument's own error and ceiling, measured against the simulator on this machine.
 
 The simulator logs when it really sent, on the client's clock, so error = client - sent, and the side that saturated is
-known: what passes between the client's writing and the simulator's reading is the simulator's.  The result is kept beside the machine's row and goes into every run's provenance.
+known: what passes between the client's writing and the simulator's reading is the simulator's.  The result is kept beside
+the machine's row and goes into every run's provenance.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def truth(url: str, asked_s: Floats | None = None) -> Truth:
     received_s = np.array([r["received_s"] for r in sent])
     late_s = float(np.mean([r["late_s"] for r in sent])) if sent else NAN
     began_s = received_s
-    if asked_s is not None and len(asked_s) == len(sent):
+    if sent and asked_s is not None and len(asked_s) == len(sent):
         on_the_way_s = np.sort(received_s) - np.sort(asked_s)
         began_s = asked_s + np.minimum(on_the_way_s, 0).mean()
         late_s += float(np.maximum(on_the_way_s, 0).mean())

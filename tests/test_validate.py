@@ -386,5 +386,15 @@ def test_a_run_is_calibrated_on_and_reported_with_it(ridgeline, simulated, tmp_p
         typo = ridgeline("report", "second", "-o", "page.html", option, "Nope-1")
         assert typo.returncode == 2 and "'Nope-1' is not in" in typo.stderr and len(typo.stderr.splitlines()) == 1
         assert (tmp_path / "second" / "run.json").read_text() == known
+    # A run that was cut off before theory saw it is not predicted for whatever machine reports it.
+    there = json.loads(known)
+    there["scenario"]["theory"]["hardware"] = "machine"
+    there["machine"]["cpu"] = "another CPU"
+    del there["theory"]
+    (tmp_path / "second" / "run.json").write_text(json.dumps(there))
+    elsewhere = ridgeline("report", "second", "-o", "page.html")
+    inputs = json.loads((tmp_path / "second" / "run.json").read_text())["theory"]
+    assert elsewhere.returncode == 0 and inputs["hardware"] is None and inputs["model"]
+    assert "another machine (another CPU)" in inputs["missing"][0]["saw"]
     early = ridgeline("run", "--url", url, "--hardware", "Nope-1", "--out", "unmade")
     assert early.returncode == 2 and "'Nope-1' is not in" in early.stderr and not (tmp_path / "unmade").exists()
