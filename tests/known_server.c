@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/tcp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,7 +23,7 @@ enum { TOKENS = 4096, BODY = 1 << 16, MANY = 1 << 16 };
 
 typedef struct {
   double received_s;
-  int asked, events;
+  int asked, events, over;
   double *sent_s, *due_s; /* [asked] */
 } Request;
 
@@ -74,6 +75,7 @@ static void emit(Connection *c, double due_s) {
   Request *r = c->now;
   if (c->fd < 0) { /* the client has gone: no whole answer */
     r->events = 0;
+    r->over = 1;
     free(c);
     return;
   }
@@ -92,7 +94,7 @@ static void emit(Connection *c, double due_s) {
   r->due_s[r->events] = due_s;
   r->sent_s[r->events++] = seconds(CLOCK_MONOTONIC);
   if (write(c->fd, out, end - out) != end - out) r->events = 0; /* it does not read: no whole answer either */
-  if (last || !r->events) c->now = NULL;
+  if (last || !r->events) c->now = NULL, r->over = 1;
   else put(&others, due_s + itl_s, c);
 }
 
@@ -128,7 +130,8 @@ static void reply_log(int fd) {
 }
 
 static void reset(void) {
-  for (int i = 0; i < known; i++) { /* between runs: nobody is being answered */
+  for (int i = 0; i < known; i++) {
+    if (!requests[i]->over) continue; /* still being answered: its queue knows it */
     free(requests[i]->sent_s);
     free(requests[i]->due_s);
     free(requests[i]);
@@ -192,6 +195,7 @@ int main(int count, char **given) {
   socklen_t size = sizeof at;
   ttft_s = (count > 2 ? atof(given[2]) : 50) / 1e3;
   itl_s = (count > 3 ? atof(given[3]) : 10) / 1e3;
+  signal(SIGPIPE, SIG_IGN); /* a client that has gone is seen by what write says */
   setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
   setsockopt(listener, SOL_SOCKET, SO_TIMESTAMPNS, &on, sizeof on); /* what it accepts inherits it */
   if (bind(listener, (void *)&at, sizeof at) || listen(listener, 4096)) return perror("known_server"), 1;

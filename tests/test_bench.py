@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -82,6 +84,28 @@ def test_the_server_in_c_keeps_its_law_and_tells_when_it_sent(tmp_path: Path) ->
     assert sent.ttft_s[0] >= 0.0499 and 0 <= sent.late_s < 0.02
     assert sent.itl_s.mean() == pytest.approx(0.01, rel=0.05)
     assert sent.lasted_s == pytest.approx(time.perf_counter() - asked_s, abs=0.3)
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_the_server_in_c_outlives_a_client_that_goes_and_a_reset_amid_an_answer(tmp_path: Path) -> None:
+    server = bench.built(tmp_path)
+    assert server
+    with bench.serving(server, []) as url:
+        process = psutil.Process().children()[-1]
+        body = b'{"max_tokens": 150}'
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 5) as going:
+            going.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            assert b"200 OK" in going.recv(64)
+            selftest._ask(f"{url}/__reset__", b"")
+            process.suspend()  # several of its tokens are due when it goes on, and nobody reads them
+            going.settimeout(0.1)
+            with contextlib.suppress(TimeoutError):
+                while going.recv(65536):
+                    pass
+        time.sleep(0.1)
+        process.resume()
+        stream(url)
+        assert process.is_running() and len(selftest.truth(url).ttft_s) == 1
 
 
 def test_what_a_server_reads_late_is_its_own_lateness() -> None:
