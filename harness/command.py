@@ -162,7 +162,11 @@ def summarise(folder: Path, progress: Progress | None = None, hardware_name: str
         stored = loaded.run.get("theory") or {}
         kept = {name: stored.get(name) for name in ("model", "hardware")
                 if name not in given and f"{name}_config" not in given}  # fmt: skip
-        loaded.run["theory"] = theory_inputs(wanted, engine, progress or Progress(True), kept)
+        inputs = theory_inputs(wanted, engine, progress or Progress(True), kept)
+        for name, option, at in (("model", "model_config", 0), ("hardware", "hardware", -1)):
+            if option in given and not inputs[name]:  # a typo must not cost the run the row that it knows
+                raise RidgelineError(inputs["missing"][at]["saw"].removeprefix("no prediction: "))
+        loaded.run["theory"] = inputs
         store.write_json(folder / store.RUN, loaded.run)
     if told := {key: value for key, value in (worth or {}).items() if value}:
         validate(told, "the options")
@@ -301,7 +305,7 @@ def _model(theory: Mapping[str, Any], engine: Mapping[str, Any]) -> Model:
 def _hardware(
     theory: Mapping[str, Any], engine: Mapping[str, Any], model: Model | None, progress: Progress
 ) -> Hardware:
-    from harness import machine, models
+    from harness import launch, machine, models
 
     name = theory["hardware"]
     if name and name != "machine":
@@ -319,8 +323,10 @@ def _hardware(
     working_set = model.weight_bytes(theory["dtype"]) if model else None
     row = machine.row(working_set, progress.line)
     dtype = theory["dtype"] or (model.dtype if model else "")
-    if engine.get("kind") == "vllm" and engine.get("interpreter") and dtype in ("bf16", "fp16"):
-        row = machine.with_kernels(row, engine["interpreter"], dtype, progress.line)
+    if engine.get("kind") == "vllm" and engine.get("launched") and dtype in ("bf16", "fp16"):
+        with contextlib.suppress(RidgelineError):  # it is not on this machine
+            python = launch.interpreter(engine.get("interpreter"), ".venv-vllm")
+            row = machine.with_kernels(row, python, dtype, progress.line)
     return from_row(row)
 
 
@@ -413,6 +419,8 @@ def machine(out: Path | None, fresh: bool, as_json: bool, gpu: bool, python: str
     from harness import machine as this
     from harness import machine_gpu
 
+    if gpu and python:
+        raise RidgelineError("--python: measures the cores, and --gpu the GPU; give one of them")
     row = machine_gpu.row() if gpu else this.row(None, Progress().line, fresh=fresh)
     if python and "matrix_bytes_per_s" not in (row := this.with_kernels(row, python, "bf16", Progress().line, fresh)):
         raise RidgelineError(f"--python {python}: no interpreter with a torch for the cores; give that of the engine")

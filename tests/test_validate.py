@@ -381,3 +381,10 @@ def test_a_run_is_calibrated_on_and_reported_with_it(ridgeline, simulated, tmp_p
     for options, name in ((("--calibration", "mine.json"), "where it ran"), (("--hardware", "L4"), "L4")):
         assert ridgeline("report", "second", "-o", "page.html", *options).returncode == 0
         assert json.loads((tmp_path / "second" / "run.json").read_text())["theory"]["hardware"]["name"] == name
+    known = (tmp_path / "second" / "run.json").read_text()
+    for option in ("--hardware", "--model-config"):
+        typo = ridgeline("report", "second", "-o", "page.html", option, "Nope-1")
+        assert typo.returncode == 2 and "'Nope-1' is not in" in typo.stderr and len(typo.stderr.splitlines()) == 1
+        assert (tmp_path / "second" / "run.json").read_text() == known
+    early = ridgeline("run", "--url", url, "--hardware", "Nope-1", "--out", "unmade")
+    assert early.returncode == 2 and "'Nope-1' is not in" in early.stderr and not (tmp_path / "unmade").exists()

@@ -227,10 +227,11 @@ def find(
         row = replace(row, sequences=1024.0 if large and new else 256.0, chunk=row.chunk if large or not new else 2048)
     hosted = next((v for prefix, v in HOST.items() if hardware.name.startswith(prefix)), 1.0)
     row = replace(row, launch_s=row.launch_s * hosted, gathers=named(name) == "llama.cpp")
-    since, narrower = FLASH3.get(named(name), ((10**6,), (10**6,)))
     row = replace(row, experts_lose=0.5 if named(name) in FUSED_EXPERTS else 1.0)
-    if hardware.name.split("-")[0] in HOPPER and since <= (at := release(name) or narrower):
-        row = replace(row, attention_rows=64.0 if at >= narrower else 128.0)
+    if hardware.name.split("-")[0] in HOPPER and named(name) in FLASH3:
+        since, narrower = FLASH3[named(name)]
+        at = release(name) or narrower
+        row = replace(row, attention_rows=1.0 if at < since else 64.0 if at >= narrower else 128.0)
     if row.copied and "exllamav2" in (name or "").casefold():
         row = replace(row, scratch_tokens=EXLLAMAV2_TOKENS)
     if named(name) == "autoawq":
