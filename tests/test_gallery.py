@@ -29,11 +29,13 @@ def test_the_example_is_small_and_the_readme_shows_it() -> None:
 
 def test_the_example_is_of_the_stored_records(tmp_path: Path) -> None:
     folder = shutil.copytree(RECORDS, tmp_path / "example")
+    asked = store.info(RECORDS)["scenario"]["workload"]
+    planned = sum(asked["batch_sizes"]) * asked["waves"] * asked["trials"]
     assert store.load(RECORDS).events  # without them nothing tells how the client fared, and all would seem valid
     summary = command.summarise(folder)
     points, page = summary["points"], html.unescape(EXAMPLE.read_text(encoding="utf-8"))
     assert summary["verdict_sentence"] in page
-    assert len(points) == 4 and sum(point["requests"] for point in points) == 30
+    assert len(points) == 4 and sum(point["requests"] for point in points) == planned
     assert all(f"{point['ttft_s']['n']}</td>" in page for point in points)
     assert 'id="verdict"' in page and store.read_json(folder / store.RUN)["model"] in page
 

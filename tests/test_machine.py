@@ -58,7 +58,8 @@ def test_measured_rates_are_plausible() -> None:
     source.copy()
     copied = source.nbytes / (time.perf_counter() - start_s)
     assert read > copied / 3
-    assert 1e8 < machine.matrix_flops_per_s((256,), 0.2) < 1e14
+    # A BLAS that has to share its cores waits for its threads, so the least is low.
+    assert 1e6 < machine.matrix_flops_per_s((256,), 0.2) < 1e14
 
 
 def call(cache: Path, code: str) -> tuple[dict[str, Any], str]:
