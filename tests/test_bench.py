@@ -113,13 +113,22 @@ def test_what_a_server_reads_late_is_its_own_lateness() -> None:
     others = set(psutil.Process().children())
     with selftest.simulator([]) as url:
         (process,) = set(psutil.Process().children()) - others
+        quick_s = stream(url)
         process.suspend()
         with ThreadPoolExecutor() as pool:
             answer = pool.submit(stream, url)
             time.sleep(0.3)
             process.resume()
-            asked_s = answer.result()
-        by_its_reading, by_our_writing = selftest.truth(url), selftest.truth(url, np.array([asked_s]))
-    assert by_its_reading.ttft_s[0] < 0.2
-    assert by_our_writing.ttft_s[0] >= 0.3
-    assert by_our_writing.late_s > by_its_reading.late_s + 0.2
+            asked_s = np.array([quick_s, answer.result()])
+        by_its_reading, by_our_writing = selftest.truth(url), selftest.truth(url, asked_s)
+    assert by_its_reading.ttft_s[1] < 0.2
+    assert by_our_writing.ttft_s[1] >= 0.3
+    assert by_our_writing.late_s > by_its_reading.late_s + 0.1
+
+
+def test_a_client_that_says_too_early_or_too_late_when_it_wrote_is_found_out() -> None:
+    with selftest.simulator([]) as url:
+        asked_s = np.array([stream(url) for _ in range(3)])
+        true, early, late = (selftest.truth(url, asked_s + by_s).ttft_s.mean() for by_s in (0, -0.02, 0.02))
+    # What is reported is longer, or shorter, by 20 ms: held against a truth that is not, it is an error.
+    assert early == pytest.approx(true, abs=0.015) and late == pytest.approx(true, abs=0.015)
