@@ -161,7 +161,7 @@ def summarise(folder: Path, progress: Progress | None = None, hardware_name: str
                   "ran_on": None if hardware_name else (loaded.run.get("machine") or {}).get("cpu"),
                   **(loaded.run.get("engine") or {})}  # fmt: skip
         stored = loaded.run.get("theory") or {}
-        kept = {name: stored.get(name) for name in ("model", "hardware")
+        kept = {name: stored.get(name) for name in ("model", "hardware", "calibration")
                 if name not in given and f"{name}_config" not in given}  # fmt: skip
         inputs = theory_inputs(wanted, engine, progress or Progress(True), kept)
         for name, option, at in (("model", "model_config", 0), ("hardware", "hardware", -1)):
@@ -266,8 +266,8 @@ def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress
     except RidgelineError as problem:
         missing.append({"saw": f"no prediction: {problem}",
                         "do": "give --hardware NAME (`ridgeline hardware` lists them), or `machine` for this one"})  # fmt: skip
-    calibration = None
-    if path := theory.get("calibration"):
+    calibration = kept.get("calibration")
+    if not calibration and (path := theory.get("calibration")):
         from harness.command_theory import calibration_of
 
         calibration = calibration_of(Path(path)).as_dict()

@@ -380,7 +380,8 @@ def test_a_run_is_calibrated_on_and_reported_with_it(ridgeline, simulated, tmp_p
     (tmp_path / "second" / "run.json").write_text(json.dumps(kept))
     for options, name in ((("--calibration", "mine.json"), "where it ran"), (("--hardware", "L4"), "L4")):
         assert ridgeline("report", "second", "-o", "page.html", *options).returncode == 0
-        assert json.loads((tmp_path / "second" / "run.json").read_text())["theory"]["hardware"]["name"] == name
+        theory = json.loads((tmp_path / "second" / "run.json").read_text())["theory"]
+        assert theory["hardware"]["name"] == name and theory["calibration"]["cells"] == 2
     known = (tmp_path / "second" / "run.json").read_text()
     for option in ("--hardware", "--model-config"):
         typo = ridgeline("report", "second", "-o", "page.html", option, "Nope-1")
