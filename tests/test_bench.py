@@ -126,6 +126,7 @@ def test_what_a_server_reads_late_is_its_own_lateness() -> None:
     assert by_our_writing.late_s > by_its_reading.late_s + 0.1
 
 
+@pytest.mark.full
 def test_a_client_that_says_too_early_or_too_late_when_it_wrote_is_found_out() -> None:
     with selftest.simulator([]) as url:
         asked_s = np.array([stream(url) for _ in range(3)])

@@ -160,7 +160,7 @@ def test_no_server_there_is_one_line_and_code_6(ridgeline: Run, tmp_path: Path) 
     ("arguments", "code", "said"),
     [
         (("--model", "llama3"), 6, "no model 'llama3' there; served: simulated"),
-        (("--hardware", "H1000", "--dry-run"), 0, ""),
+        (("--hardware", "H1000"), 2, "hardware 'H1000' is not in the table"),
         (("--batch-sizes", "1,x"), 2, "--batch-sizes: got '1,x'"),
         (("--mode", "sideways"), 2, "workload.mode: got 'sideways'"),
         (("--api-key-env", "NO_SUCH_KEY"), 2, "NO_SUCH_KEY: this environment variable is not set"),
@@ -177,18 +177,18 @@ def test_what_the_user_can_mend_is_one_line(arguments: tuple[str, ...], code: in
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "code", "said"),
     [
-        ("{like: H100-SXM, name: ours}", "predicted TTFT"),
-        ("[{like: T4}, {like: A10}]", "it has 2 rows"),
-        ("{like: H1000}", "mine.yaml"),
+        ("{like: H100-SXM, name: ours}", 0, "predicted TTFT"),
+        ("[{like: T4}, {like: A10}]", 2, "it has 2 rows"),
+        ("{like: H1000}", 2, "mine.yaml"),
     ],
 )
-def test_a_hardware_row_of_ones_own_is_a_file(row: str, said: str, ridgeline: Run, tmp_path: Path) -> None:
+def test_a_hardware_row_of_ones_own_is_a_file(row: str, code: int, said: str, ridgeline: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(row)
     done = ridgeline("run", "--url", "127.0.0.1:9", "--dry-run", "--batch-sizes", "1", "--hardware", "mine.yaml",
                      "--model-config", "Llama-3.1-8B")  # fmt: skip
-    assert done.returncode == 0 and said in done.stdout + done.stderr
+    assert done.returncode == code and said in done.stdout + done.stderr
 
 
 def test_a_folder_that_holds_a_run_is_never_overwritten(simulated: Callable[..., str], ridgeline: Run) -> None:
