@@ -147,6 +147,7 @@ def test_a_question_without_a_model_says_so(tmp_path: Path) -> None:
         command_plan.asked_of(None, {"hardware": ["T4"]})
 
 
+@pytest.mark.full
 def test_a_measured_run_stands_beside_the_predictions(ridgeline: Call, simulated: Call, tmp_path: Path) -> None:
     url = simulated("--ttft-base", "20ms", "--itl-base", "1ms", "--slots", "8")
     run = ridgeline("run", "--url", url, "--batch-sizes", "2", "--waves", "1", "--input-tokens", "40", "--output-tokens", "20",

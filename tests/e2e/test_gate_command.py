@@ -130,6 +130,7 @@ def test_a_stored_noise_level_sets_the_margins(ridgeline: Run, tmp_path: Path) -
 # --- with servers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_slower_server_fails_and_the_same_one_does_not(
     simulated: Callable[..., str], ridgeline: Run, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def refused(ridgeline: Run, tmp_path: Path, code: int, said: str, *arguments: st
     assert not list(tmp_path.rglob(store.JOURNAL))
 
 
+@pytest.mark.full
 def test_a_silent_server_is_given_up_before_the_first_request(silent: str, ridgeline: Run, tmp_path: Path) -> None:
     refused(ridgeline, tmp_path, 6, "no answer within", "run", "--url", silent)
 
@@ -198,6 +199,7 @@ def test_a_run_that_outlasts_its_time_is_stopped_and_kept(
     assert set(run.records.error_class.tolist()) == {"cancelled"}
 
 
+@pytest.mark.full
 def test_an_interrupted_sweep_goes_on_and_repeats_nothing(
     simulated: Callable[..., str], ridgeline: Run, tmp_path: Path
 ) -> None:
@@ -372,6 +374,7 @@ def kill_often(times: int, nursery: Nursery, tmp_path: Path) -> None:
         assert (tmp_path / out / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_kill_9_at_any_instant_loses_a_quarter_of_a_second_at_most(nursery: Nursery, tmp_path: Path) -> None:
     kill_often(2, nursery, tmp_path)
 
