@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harness.theory import catalogue, frameworks, hardware, load, roofline, validate
+from harness.theory import catalogue, frameworks, hardware, load, roofline, sweep, validate
 from harness.theory.calibration import Calibration
 
 ROW = {"n_gpus": 1, "kind": "static", "kv_dtype": ""}
@@ -56,6 +56,57 @@ def test_narrow_weights_are_written_out_for_more_than_one_token():
            "framework": "transformers 4.46 + bitsandbytes 0.45.0"}  # fmt: skip
     for dtype, batch, ms in (("nf4", 1, 83.3), ("nf4", 8, 234.8), ("int8", 1, 129.4), ("int8", 8, 131.3)):
         assert predicted(**row, weight_dtype=dtype, batch=batch)["pred_tpot_ms"] == pytest.approx(ms, rel=0.15)
+
+
+def test_a_kernel_that_unpacks_as_it_multiplies_slows_with_the_rows():
+    """GPTQ by exllamav2 in transformers on an A100 (256 and 512 tokens): Llama-13B 35.8 ms a token at batch 1, 62.4 at 16, 112.7
+    at 32; above 50 rows it unpacks first: Llama-7B 101.4 at 64.  The A100's kernel is fitted to the 7B."""
+    row = {
+        "gpu": "A100-SXM-80GB",
+        "weight_dtype": "int4",
+        "isl": 256,
+        "osl": 512,
+        "framework": "transformers GPTQ exllamav2",
+    }
+    for size, batch, ms in ((13, 1, 35.8), (13, 16, 62.4), (13, 32, 112.7), (65, 8, 127.6), (7, 64, 101.4)):
+        found = predicted(**row, model=f"huggyllama/llama-{size}b", batch=batch)
+        assert found["pred_tpot_ms"] == pytest.approx(ms, rel=0.12)
+
+
+def test_paged_attention_that_is_not_split_makes_a_step():
+    """Argonne's LLM-Inference-Bench (BSD-3-Clause), vLLM of 2024 on one MI300X, 2,048 tokens in and out: Llama-3-8B (32 heads)
+    takes 35.7 s with 16 sequences, 110.5 with 32, 191.5 with 64.  The row is fitted to other models."""
+    row = {"model": "meta-llama/Meta-Llama-3-8B", "gpu": "MI300X", "weight_dtype": "fp16", "isl": 2048, "osl": 2048,
+           "framework": "vLLM"}  # fmt: skip
+    taken = {batch: predicted(**row, batch=batch)["pred_e2e_s"] for batch in (16, 32, 64)}
+    for batch, seconds in ((16, 35.66), (32, 110.5), (64, 191.5)):
+        assert taken[batch] == pytest.approx(seconds, rel=0.15)
+    assert taken[32] > 2.2 * taken[16]
+    two = {
+        batch: predicted(**row, n_gpus=2, batch=batch)["pred_e2e_s"] for batch in (32, 33)
+    }  # half of the heads on each
+    assert two[33] > 1.3 * two[32]
+
+
+def test_a_batch_makes_no_steps_but_where_an_engine_changes_its_kernel():
+    """Between neighbouring batches that the memory holds, whatever the hardware and the dtype."""
+    batch, changes = np.arange(1.0, 257.0), {"transformers": {1, 50}, "exllama": {32}}
+    for gpu in ("A100-SXM-80GB", "RTX-4090", "MI300X", "L4"):
+        for framework in ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "transformers", "exllama"):
+            for dtype in (None, "int4", "nf4"):
+                found = sweep.sweep(
+                    catalogue.find("Qwen/Qwen2.5-3B-Instruct"), hardware.find(gpu), batch=batch, input_tokens=350,
+                    output_tokens=150, dtype=dtype, framework=framework, mode="closed",
+                )  # fmt: skip
+                for metric in ("ttft_s", "itl_s", "output_tokens_per_s"):
+                    value = found.columns[metric].value[found.largest >= batch]
+                    steep = batch[: len(value) - 1][np.abs(np.diff(np.log(value))) > np.log(2)]
+                    assert set(steep) <= (changes.get(framework, set()) if dtype else set()), (
+                        gpu,
+                        framework,
+                        dtype,
+                        metric,
+                    )
 
 
 def test_wide_experts_run_like_a_dense_ffn():

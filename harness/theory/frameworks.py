@@ -32,7 +32,10 @@ class Framework:
 
     `copied`: a step writes the whole cache anew (torch.cat) and repeats its heads for every query head before it attends
     (repeat_kv of transformers' modeling_llama.py).  `widen_above`: with more tokens than that a pass first writes narrow
-    weights out in 16 bit (exllama's MAX_Q_GEMM_ROWS; bitsandbytes' gemv is for one token; AutoAWQ's heuristic).
+    weights out in 16 bit (MAX_Q_GEMM_ROWS: 32 in exllamav2, 50 in AutoGPTQ's copy; bitsandbytes' gemv is for one token; AutoAWQ's
+    heuristic); up to it the kernel reaches `cores` of the rate in fp32 (0: it has the matrix units; from Llama-7B of huggingface/
+    optimum-benchmark on an A100; an RTX's twice as many lanes are not held against a measurement [unverified]).
+    `unsplit`: times as long decode attention takes where paged attention does not split sequences (harness.theory.switches).
     `cache_copies`: of the cache that are there at the peak of memory: two in releases before DYNAMIC_CACHE.
     `sequences`: most in a step (vLLM's max_num_seqs).  `score_bytes` of each head's attention matrix that are there at a time
     (0: fused); `scratch_tokens`: of which the kernels of narrow weights keep space for outputs.  `gathers`: what comes at
@@ -68,6 +71,8 @@ class Framework:
     all_logits: bool = False
     copied: bool = False
     widen_above: float = math.inf
+    cores: float = 0.0
+    unsplit: float = 1.0
     cache_copies: float = 1.0
     sequences: float = math.inf
     score_bytes: float = 0.0

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.records import RidgelineError
-from harness.theory import kernels, ring
+from harness.theory import kernels, ring, switches
 from harness.theory.dtypes import BITS, GGUF_BITS, RATE, WEIGHT_ONLY, WHOLE, dtype_named
 from harness.theory.frameworks import Framework
 from harness.theory.hardware import Hardware
@@ -62,9 +62,6 @@ LIMIT_OF = {
 NARROW_TOKENS = 6
 SMALL_KERNELS = 6  # a layer beside its matrices and attention: two norms, rotary, cache write, activation, residual
 SMALL_KERNEL_S = 1.5e-6  # each, replayed from a graph
-# Unpacking a 4-bit weight takes no less on a large GPU, however fast its memory: from bitsandbytes' benchmarks (MIT, nf4, the
-# difference of Llama-3.1-70B and Qwen2.5-32B on an H100).
-UNPACK_S = 2.4e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +315,7 @@ def _decode_pass(s: Setup, batch: Array, first: Array, last: Array, width: int) 
     narrow = s.kv_dtype or ("fp8" if (s.dtype or model.dtype) not in WHOLE else None)
     kv_least = batch / s.cp * model.mean_kv_read_bytes(first, last, narrow)
     group = max(g.heads / g.kv_heads for g in model.groups) if not model.mla else 1.0
-    slower = s.framework.attention * group**s.framework.grouped * s.factors.kv
+    slower = s.framework.attention * group**s.framework.grouped * s.factors.kv * switches.unsplit(s, batch)
     if s.framework.copied:  # read and written for torch.cat, read for copies, written and read for each query head
         slower *= 3 + 2 * group if group > 1 else 3
     reads = kv * s.kv_copies / (s.hardware.bytes_per_s * s.tp) / s.decode.bandwidth * slower
@@ -384,32 +381,38 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
     routed = sum(g.count * g.experts_per_token * g.expert_matmul for g in model.groups) * 2.0
     dense = model.matmul_flops_per_token - routed
     slower, slower_head = _narrow(s, tokens), _narrow(s, heads)
-    layers, unpacking = _widened(s, parts["attention"] + parts["ffn"] + parts["router"] + parts["norms"], tokens)
+    layers, unpacking = switches.widened(
+        s, parts["attention"] + parts["ffn"] + parts["router"] + parts["norms"], tokens
+    )
+    by_cores = switches.by_cores(s, tokens)
     rows, head_rows = np.maximum(tokens, s.gemm.tile), np.maximum(heads, s.head.tile)
-    jobs: list[tuple[kernels.Law, Array | float, Array, float]] = [
-        (s.gemm, layers, dense * rows * slower, s.flops),
+    jobs: list[tuple[kernels.Law, Array | float, Array, float, Array | float]] = [
+        (s.gemm, layers, dense * rows * slower, s.flops, dense * tokens * by_cores),
         (
             s.head,
             model.vocab * model.hidden * _head_bytes(s),
             model.head_flops_per_token * head_rows * slower_head,
             s.head_flops,
+            0.0,
         ),
     ]
     if routed:
         # All replicas' tokens meet the experts, which are spread over all of them.
         read = model.experts_read(tokens * s.dp)
         grouping = _grouping(s)
-        experts, more = _widened(s, parts["experts"] * read / s.dp * grouping, tokens)
+        experts, more = switches.widened(s, parts["experts"] * read / s.dp * grouping, tokens)
         unpacking, fw = unpacking + more, s.framework
-        own = fw.compute ** (fw.experts_lose - 1.0)  # by the engine's own kernels, not the library's
-        jobs.append((s.gemm, experts, routed * tokens * slower * grouping * own, s.flops))
+        worked = fw.compute ** (fw.experts_lose - 1.0)  # by the engine's own kernels, not the library's
+        work = routed * tokens * grouping
+        jobs.append((s.gemm, experts, work * slower * worked, s.flops, work * by_cores))
     zero = np.zeros_like(tokens, dtype=np.float64)
     terms: Terms = {"weights": zero + unpacking, "matmul": zero, "ridge": zero}
     hidden: Terms = {"weights": zero, "matmul": zero}
-    for law, size, flops, peak in jobs:
+    for law, size, flops, peak, least in jobs:
         reads = size / rate / law.bandwidth * s.factors.bandwidth * s.framework.gemm + zero
         works = flops / (peak * s.tp) / law.compute * s.factors.compute * s.framework.compute
-        both, larger = kernels.smooth_max(reads, works, law.sharpness), np.maximum(reads, works)
+        both, works = np.maximum(kernels.smooth_max(reads, works, law.sharpness), least), np.maximum(works, least)
+        larger = np.maximum(reads, works)
         reading = reads >= works
         terms["weights"] = terms["weights"] + np.where(reading, reads, 0.0)
         terms["matmul"] = terms["matmul"] + np.where(reading, 0.0, works)
@@ -424,17 +427,6 @@ def _grouping(s: Setup) -> float:
     no wider than the model, less where it is (Mixtral's are as wide as a dense model's FFN and run like one)."""
     wide = max(g.expert_matmul for g in s.model.groups) / (3.0 * s.model.hidden**2)
     return 1.0 + (s.framework.experts - 1.0) * min(1.0, 1.0 / wide) ** 2
-
-
-def _widened(s: Setup, size: Array | float, tokens: Array) -> tuple[Array | float, Array | float]:
-    """(bytes of weights that the products read, seconds of writing them out in 16 bit before)."""
-    bits = BITS.get(s.dtype or s.model.dtype, 16.0)
-    if bits >= 16 or math.isinf(s.framework.widen_above):
-        return size, 0.0
-    entries, wide = size * 8 / bits, tokens > s.framework.widen_above
-    moving = (size + 2 * entries) / s.hardware.bytes_per_s / s.gemm.bandwidth
-    unpacking = np.maximum(moving, entries * UNPACK_S) / s.tp * s.factors.bandwidth
-    return np.where(wide, 2 * entries, size), np.where(wide, unpacking, 0.0)
 
 
 def _narrow(s: Setup, tokens: Array) -> Array | float:
