@@ -6,6 +6,8 @@ Measurements: NVIDIA NIM's performance page (Llama-3.3-70B), gpustack's performa
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -125,6 +127,23 @@ def test_an_engines_own_experts_lose_less_than_the_library():
            "framework": "vLLM", "kind": "static", "batch": 256}  # fmt: skip
     for length, measured in ((128, 13.94), (1024, 231.6)):
         assert told(**row, isl=length, osl=length).pred_e2e_s == pytest.approx(measured, rel=0.15)
+
+
+def test_a_library_that_reads_slowly_costs_experts_half_as_much():
+    """In the logarithm: what is around the experts' own kernels is the library's in full."""
+    h100, one = hardware.find("H100-SXM"), np.ones(1)
+
+    def reading_s(model: str, gemm: float) -> float:
+        vllm = replace(frameworks.find("vllm", h100), gemm=gemm)
+        return float(
+            roofline.decode_step(roofline.setup(catalogue.find(model), h100, vllm), one, one, one).terms["weights"][0]
+        )
+
+    dense, experts = (
+        reading_s(m, 4.0) / reading_s(m, 1.0) for m in ("meta-llama/Llama-2-7b-hf", "mistralai/Mixtral-8x7B-v0.1")
+    )
+    assert dense == pytest.approx(4.0)
+    assert 2.0 < experts < 2.5
 
 
 def test_experts_in_four_bits_take_more_memory_than_their_file():

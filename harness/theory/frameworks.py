@@ -41,7 +41,7 @@ class Framework:
     (0: fused); `scratch_tokens`: of which the kernels of narrow weights keep space for outputs.  `gathers`: what comes at
     once is taken at once; others take the first prompt that comes and prefill it alone, while the rest of its batch is still
     being read.  `attention_rows`: that decode attention computes for each KV head, however few of its query heads there are.
-    `experts_lose`: the power of `compute` that the experts' products take; `untuned`:
+    `experts_lose`: the power of `gemm` and `compute` that the experts' products take; `untuned`:
     by kernels not yet made for the model (TUNED_LATENT).
     """
 

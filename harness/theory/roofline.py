@@ -402,9 +402,9 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
         grouping = _grouping(s)
         experts, more = switches.widened(s, parts["experts"] * read / s.dp * grouping, tokens)
         unpacking, fw = unpacking + more, s.framework
-        worked = fw.compute ** (fw.experts_lose - 1.0)  # by the engine's own kernels, not the library's
+        moved, worked = (x ** (fw.experts_lose - 1.0) for x in (fw.gemm, fw.compute))  # by the engine's own kernels
         work = routed * tokens * grouping
-        jobs.append((s.gemm, experts, work * slower * worked, s.flops, work * by_cores))
+        jobs.append((s.gemm, experts * moved, work * slower * worked, s.flops, work * by_cores))
     zero = np.zeros_like(tokens, dtype=np.float64)
     terms: Terms = {"weights": zero + unpacking, "matmul": zero, "ridge": zero}
     hidden: Terms = {"weights": zero, "matmul": zero}
