@@ -384,10 +384,9 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
     layers, unpacking = switches.widened(
         s, parts["attention"] + parts["ffn"] + parts["router"] + parts["norms"], tokens
     )
-    by_cores = switches.by_cores(s, tokens)
     rows, head_rows = np.maximum(tokens, s.gemm.tile), np.maximum(heads, s.head.tile)
     jobs: list[tuple[kernels.Law, Array | float, Array, float, Array | float]] = [
-        (s.gemm, layers, dense * rows * slower, s.flops, dense * tokens * by_cores),
+        (s.gemm, layers, dense * rows * slower, s.flops, dense * tokens * switches.by_cores(s, tokens)),
         (
             s.head,
             model.vocab * model.hidden * _head_bytes(s),
@@ -400,11 +399,12 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
         # All replicas' tokens meet the experts, which are spread over all of them.
         read = model.experts_read(tokens * s.dp)
         grouping = _grouping(s)
-        experts, more = switches.widened(s, parts["experts"] * read / s.dp * grouping, tokens)
+        each = model.tokens_per_expert(tokens * s.dp)  # in a product of its own
+        experts, more = switches.widened(s, parts["experts"] * read / s.dp * grouping, each)
         unpacking, fw = unpacking + more, s.framework
         moved, worked = (x ** (fw.experts_lose - 1.0) for x in (fw.gemm, fw.compute))  # by the engine's own kernels
         work = routed * tokens * grouping
-        jobs.append((s.gemm, experts * moved, work * slower * worked, s.flops, work * by_cores))
+        jobs.append((s.gemm, experts * moved, work * slower * worked, s.flops, work * switches.by_cores(s, each)))
     zero = np.zeros_like(tokens, dtype=np.float64)
     terms: Terms = {"weights": zero + unpacking, "matmul": zero, "ridge": zero}
     hidden: Terms = {"weights": zero, "matmul": zero}

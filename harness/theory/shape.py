@@ -179,6 +179,13 @@ class Model:
             return 0.0 * tokens
         return _total(g.count * g.distinct_experts(tokens) * g.expert for g in self.groups) / all_of_them
 
+    def tokens_per_expert(self, tokens: Number) -> Number:
+        """Tokens that an expert computes, of those that any of a step of `tokens` is routed to; `tokens` for a dense model."""
+        if not self.moe:
+            return tokens
+        met: Number = _total(g.count * g.distinct_experts(tokens) for g in self.groups)
+        return tokens * sum(g.count * g.experts_per_token for g in self.groups) / met
+
     def read_bytes(self, dtype: str | None = None, tokens: Number = 1.0) -> Number:  # type: ignore[assignment]
         """Bytes of weights that one step of `tokens` tokens reads: all but the experts that none is routed to, and of
         the embedding only a row a token, unless it is the lm_head as well."""

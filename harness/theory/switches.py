@@ -28,15 +28,20 @@ UNPACK_S = 2.4e-12
 SPLIT_ROWS = 512
 
 
+def wide(s: Setup, tokens: Array) -> Array:
+    """Share of products of `tokens` each (experts': on average) that have more than `widen_above`."""
+    return np.clip(tokens - s.framework.widen_above, 0.0, 1.0)
+
+
 def widened(s: Setup, size: Array | float, tokens: Array) -> tuple[Array | float, Array | float]:
     """(bytes of weights that the products read, seconds of writing them out in 16 bit before)."""
     bits = BITS.get(s.dtype or s.model.dtype, 16.0)
     if bits >= 16 or math.isinf(s.framework.widen_above):
         return size, 0.0
-    entries, wide = size * 8 / bits, tokens > s.framework.widen_above
+    entries, share = size * 8 / bits, wide(s, tokens)
     moving = (size + 2 * entries) / s.hardware.bytes_per_s / s.gemm.bandwidth
     unpacking = np.maximum(moving, entries * UNPACK_S) / s.tp * s.factors.bandwidth
-    return np.where(wide, 2 * entries, size), np.where(wide, unpacking, 0.0)
+    return size + share * (2 * entries - size), share * unpacking
 
 
 def by_cores(s: Setup, tokens: Array) -> Array | float:
@@ -44,7 +49,7 @@ def by_cores(s: Setup, tokens: Array) -> Array | float:
     if BITS.get(s.dtype or s.model.dtype, 16.0) >= 16 or not s.framework.cores:
         return 0.0
     rate = s.framework.cores * s.hardware.flops.get("fp32", s.flops) * s.tp
-    return np.where(tokens > s.framework.widen_above, 0.0, s.factors.compute / rate)
+    return (1 - wide(s, tokens)) * s.factors.compute / rate
 
 
 def unsplit(s: Setup, batch: Array) -> Array:
