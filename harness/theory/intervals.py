@@ -1,7 +1,7 @@
 """How far measurements lie from predictions: 90 % intervals by kind of point, from residuals on public measurements.
 
 `intervals.csv` has, by metric, mode, framework, number of accelerators, whether the kernels of the hardware were measured,
-kind of model, whether its weights are of 16 bit, calibration and whether more is asked of the server than its memory holds, the factors below and above a prediction between which 90 % of the measurements lie (made by
+kind of model, calibration and whether more is asked of the server than its memory holds, the factors below and above a prediction between which 90 % of the measurements lie (made by
 `python -m tests.validation_page`; its head says from what).  The first row that matches counts; "*" matches all.
 """
 
@@ -20,7 +20,7 @@ from harness.theory.frameworks import named
 from harness.theory.roofline import Setup
 
 Array = npt.NDArray[np.float64]
-KEYS = ("metric", "mode", "framework", "devices", "kernels", "model", "weights", "calibrated", "full")
+KEYS = ("metric", "mode", "framework", "devices", "kernels", "model", "calibrated", "full")
 
 
 @cache
@@ -39,7 +39,6 @@ def group(metric: str, mode: str, s: Setup, calibration: Calibration | None) -> 
         "one" if s.gpus == 1 else "several",
         "measured" if kernels.measured_itself(s.hardware) else "alike",
         "moe" if s.model.moe else "dense",
-        "16 bit" if (s.dtype or s.model.dtype) in ("fp16", "bf16") else "other",
         calibration.closeness(s.model, s.hardware) if calibration else "no",
     )
 
