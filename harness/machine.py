@@ -212,18 +212,16 @@ def row(working_set_bytes: float | None, say: Say, fresh: bool = False) -> dict[
     entry = stored.get(key)
     disturbed = entry is not None and entry["others_share"] > DISTURBED_SHARE
     if entry is None or fresh or disturbed:
-        before = _busy_s()
-        found = measure(working_set_bytes, say=say)
-        others = _others_share(before)
-        if others > DISTURBED_SHARE:
-            told = f"others used {100 * others:.0f} % of the cores meanwhile, so the rates may be too low"
+        now = _entry(lambda: measure(working_set_bytes, say=say))
+        found = now["row"]
+        if now["others_share"] > DISTURBED_SHARE:
+            told = f"others used {100 * now['others_share']:.0f} % of the cores meanwhile, so the rates may be too low"
             say(told)
             found["notes"] += f"; {told}"
         if entry and disturbed and not fresh:
-            found = _better(found, entry["row"])
-        entry = {"measured_at_s": time.time(), "others_share": others, "row": found}
-        _store(stored | {key: entry})
-        return found
+            now["row"] = _better(found, entry["row"])
+        _store(stored | {key: now})
+        return dict(now["row"])
     age = _age(time.time() - entry["measured_at_s"])
     say(f"this machine as measured {age} ago (`ridgeline machine --fresh` measures it again)")
     return dict(entry["row"]) | {"notes": f"{entry['row']['notes']}; measured {age} before it was used"}
@@ -237,21 +235,28 @@ def with_kernels(row: dict[str, Any], interpreter: str, dtype: str, say: Say, fr
     key = f"{cpu_model()}, {usable_cores()} cores, {dtype} by {os.path.abspath(interpreter)}"
     stored = _stored()
     if fresh or (entry := stored.get(key)) is None:
-        before = _busy_s()
         say(f"measuring the {dtype} matrix kernels of {interpreter}")
         source = Path(torch_rates.__file__).read_text(encoding="utf-8")
         command = [interpreter, "-c", source, dtype, str(usable_cores()), "3"]
         try:
-            found = json.loads(subprocess.run(command, capture_output=True, timeout=120, check=True).stdout)
+            entry = _entry(
+                lambda: json.loads(subprocess.run(command, capture_output=True, timeout=120, check=True).stdout)
+            )
         except (OSError, subprocess.SubprocessError, ValueError):
             return row
-        entry = {"measured_at_s": time.time(), "others_share": _others_share(before), "row": found}
         if entry["others_share"] <= DISTURBED_SHARE:
             _store(stored | {key: entry})
     rates = entry["row"]
     told = f"{dtype} kernels measured with torch {rates['torch']}: products with one row read {rates['bytes_per_s'] / 1e9:.1f} GB/s"
     return row | {"flops": row["flops"] | {dtype: rates["flops_per_s"]}, "matrix_bytes_per_s": rates["bytes_per_s"],
                   "notes": f"{row['notes']}; {told}"}  # fmt: skip
+
+
+def _entry(measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the store holds: the rates, when they were measured, and the share of the cores that others had meanwhile."""
+    before = _busy_s()
+    found = measured()
+    return {"measured_at_s": time.time(), "others_share": _others_share(before), "row": found}
 
 
 def _better(row: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
