@@ -331,10 +331,15 @@ def _hardware(
     working_set = model.weight_bytes(theory["dtype"]) if model else None
     row = machine.row(working_set, progress.line)
     dtype = theory["dtype"] or (model.dtype if model else "")
-    if engine.get("kind") == "vllm" and engine.get("launched") and dtype in ("bf16", "fp16"):
+    venv = {"vllm": ".venv-vllm", "llama.cpp": ".venv-llama"}.get(engine.get("kind") or "")
+    if venv and model and engine.get("launched"):
         with contextlib.suppress(RidgelineError):  # it is not on this machine
-            python = launch.interpreter(engine.get("interpreter"), ".venv-vllm")
-            row = machine.with_kernels(row, python, dtype, progress.line)
+            python, layer = launch.interpreter(engine.get("interpreter"), venv), model.groups[-1]
+            row = machine.with_products(
+                row, python, engine["kind"], dtype, progress.line, layers=model.layers,
+                heads=(layer.heads, layer.kv_heads, layer.head_dim),
+                shapes=layer.matrices(model.hidden, fused=engine["kind"] == "vllm"),
+            )  # fmt: skip
     return from_row(row)
 
 
@@ -430,7 +435,7 @@ def machine(out: Path | None, fresh: bool, as_json: bool, gpu: bool, python: str
     if gpu and python:
         raise RidgelineError("--python: measures the cores, and --gpu the GPU; give one of them")
     row = machine_gpu.row() if gpu else this.row(None, Progress().line, fresh=fresh)
-    if python and "matrix_bytes_per_s" not in (row := this.with_kernels(row, python, "bf16", Progress().line, fresh)):
+    if python and "products" not in (row := this.with_products(row, python, "vllm", "bf16", Progress().line, fresh)):
         raise RidgelineError(f"--python {python}: no interpreter with a torch for the cores; give that of the engine")
     text = json.dumps(store.clean(row), indent=1)
     if out:
