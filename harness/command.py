@@ -435,8 +435,11 @@ def machine(out: Path | None, fresh: bool, as_json: bool, gpu: bool, python: str
     if gpu and python:
         raise RidgelineError("--python: measures the cores, and --gpu the GPU; give one of them")
     row = machine_gpu.row() if gpu else this.row(None, Progress().line, fresh=fresh)
-    if python and "products" not in (row := this.with_products(row, python, "vllm", "bf16", Progress().line, fresh)):
-        raise RidgelineError(f"--python {python}: no interpreter with a torch for the cores; give that of the engine")
+    if python:
+        for engine, dtype in this.USUAL:
+            row = this.with_products(row, python, engine, dtype, Progress().line, fresh)
+    if python and "products" not in row:
+        raise RidgelineError(f"--python {python}: no interpreter with a vLLM or torch for the cores, or with xllamacpp")
     text = json.dumps(store.clean(row), indent=1)
     if out:
         store.write_text(out, text + "\n")

@@ -117,8 +117,9 @@ def by_ggml(kind: int, threads: int, layers: int, shapes: Shapes, heads: Sequenc
         call("backend_dev_supports_op", ctypes.c_bool, p, p),
     )
     tensor4 = call("new_tensor_4d", p, p, ctypes.c_int, n, n, n, n)
+    permute = call("permute", p, p, p, *[ctypes.c_int] * 4)
     attend = call("flash_attn_ext", p, p, p, p, p, p, ctypes.c_float, ctypes.c_float, ctypes.c_float)
-    zero, bytes_of = (
+    put, bytes_of = (
         call("backend_tensor_set", None, p, p, ctypes.c_size_t, ctypes.c_size_t),
         call("nbytes", ctypes.c_size_t, p),
     )
@@ -155,7 +156,7 @@ def by_ggml(kind: int, threads: int, layers: int, shapes: Shapes, heads: Sequenc
     empty = ctypes.create_string_buffer(max(sizes))
     for layer in every:
         for matrix, size in zip(layer, sizes, strict=True):
-            zero(matrix, empty, 0, size)
+            put(matrix, empty, 0, size)
 
     @contextlib.contextmanager
     def works(rows: int, used: int) -> Iterator[Callable[[], Any]]:
@@ -167,7 +168,7 @@ def by_ggml(kind: int, threads: int, layers: int, shapes: Shapes, heads: Sequenc
                 expand(steps, product(context, matrix, x))
         held = allocate(context, usual)
         for x, (inner, _) in zip(inputs, shapes, strict=True):
-            zero(x, ctypes.create_string_buffer(4 * inner * rows), 0, 4 * inner * rows)
+            put(x, ctypes.create_string_buffer(4 * inner * rows), 0, 4 * inner * rows)
         yield lambda: compute(cores, steps)
         release(held)
         free(context)
@@ -175,16 +176,24 @@ def by_ggml(kind: int, threads: int, layers: int, shapes: Shapes, heads: Sequenc
     @contextlib.contextmanager
     def attention() -> Iterator[tuple[int, Callable[[], Any]]]:
         query, kv, width = heads
+        each = 4 * width * kv * CONTEXT  # of a layer and sequence: keys and values in 16 bit
+        sequences = -(-FAR_BYTES // (4 * each * layers))
         context = init(Params(2**22 + 2**13 * layers, None, True))
-        steps, size = graph(context, 64 + 8 * layers, False), 0
+        steps, cached = graph(context, 64 + 12 * layers, False), []
         for _ in range(layers):
-            keys, values = (tensor4(context, 1, width, CONTEXT, kv, 1) for _ in range(2))
-            expand(
-                steps, attend(context, tensor4(context, 0, width, 1, query, 1), keys, values, None, width**-0.5, 0, 0)
+            # As llama.cpp keeps them: all heads of a token side by side.
+            cached += [tensor4(context, 1, width, kv, CONTEXT, sequences) for _ in range(2)]
+            keys, values = (permute(context, one, 0, 2, 1, 3) for one in cached[-2:])
+            queries, mask = (
+                tensor4(context, 0, width, 1, query, sequences),
+                tensor4(context, 1, CONTEXT, 1, 1, sequences),
             )
-            size += bytes_of(keys) + bytes_of(values)
-        held = allocate(context, usual)  # whose pages the system gives as zeros
-        yield size, lambda: compute(cores, steps)
+            expand(steps, attend(context, queries, keys, values, mask, width**-0.5, 0, 0))
+        held = allocate(context, usual)
+        some = ctypes.create_string_buffer(b"\x38" * (each // 2 * sequences))  # untouched pages would all be one
+        for one in cached:
+            put(one, some, 0, each // 2 * sequences)
+        yield each * layers * sequences, lambda: compute(cores, steps)
         release(held)
         free(context)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.records import RidgelineError
-from harness.theory.dtypes import BITS, RATE, WEIGHT_ONLY, WHOLE, dtype_named
+from harness.theory.dtypes import BITS, RATE, WEIGHT_ONLY, WHOLE, dtype_named, kind_of
 from harness.theory.hardware import Hardware
 from harness.theory.shape import Model
 
@@ -46,7 +46,7 @@ def rate(
     stored = weights or model.dtype
     if used == wanted:
         return used, 1.0
-    if stored not in hardware.products:
+    if kind_of(stored) not in hardware.products:
         notes.append(f"{stored} weights are computed at the {used} rate: {hardware.name} states none for {wanted}")
     if used != "fp32":
         return used, 1.0

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from harness.records import RidgelineError
 from harness.theory import kernels, precision, ring
-from harness.theory.dtypes import BITS, GGUF_BITS, WHOLE, dtype_named
+from harness.theory.dtypes import BITS, GGUF_BITS, WHOLE, dtype_named, kind_of
 from harness.theory.frameworks import Framework
 from harness.theory.hardware import Hardware
 from harness.theory.shape import Model
@@ -189,9 +189,12 @@ def setup(
         notes.append(f"no kernels of {hardware.name} were measured: the efficiencies are those of other accelerators")
     cache = None if kv_dtype in (None, "", "auto") else dtype_named(str(kv_dtype))
     decode = kernels.law(hardware, "decode", "fp8" if cache in ("fp8", "int8") else "bf16")
-    if products := hardware.products.get(weights or model.dtype):
-        # Where it was not measured: as the library's products (vLLM 0.32 on two EPYC cores: 18 GB/s, and 20 for a matrix).
-        attending = products.s_per_byte[0] if math.isnan(products.kv_s_per_byte) else products.kv_s_per_byte
+    if products := hardware.products.get(kind_of(weights or model.dtype)):
+        # Where it was not measured, the usual share of the products' rate: vLLM 0.32 on two EPYC cores reads 16 GB/s of it, and
+        # 23 of matrices.
+        attending = products.kv_s_per_byte
+        if math.isnan(attending):
+            attending = products.s_per_byte[0] / decode.bandwidth
         decode = replace(decode, bandwidth=1 / attending / hardware.bytes_per_s)
         gemm, head = (kernels.of_products(hardware, products, hardware.flops[d]) for d in (used, wide))
     else:
