@@ -265,6 +265,7 @@ def with_products(
                 lambda: json.loads(subprocess.run(command, capture_output=True, timeout=120, check=True).stdout)
             )
         except (OSError, subprocess.SubprocessError, ValueError):
+            say(f"{interpreter} has no {dtype} products that can be measured")
             return row
         if entry["others_share"] <= DISTURBED_SHARE:
             _store(stored | {key: entry})
