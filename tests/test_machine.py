@@ -157,7 +157,7 @@ def test_a_run_measures_the_products_of_the_vllm_that_it_started(
     ("python", "engine", "dtype", "library"),
     [
         pytest.param(VLLM, "vllm", "bf16", "vLLM ", marks=[pytest.mark.vllm, has(VLLM)]),
-        pytest.param(LLAMA, "llama.cpp", "q4_1", "xllamacpp ", marks=has(LLAMA)),
+        pytest.param(LLAMA, "llama.cpp", "q4_1", "xllamacpp ", marks=[pytest.mark.full, has(LLAMA)]),
         pytest.param(LLAMA, "llama.cpp", "q4_0", "xllamacpp ", marks=[pytest.mark.full, has(LLAMA)]),
         pytest.param(LLAMA, "llama.cpp", "fp16", "xllamacpp ", marks=[pytest.mark.full, has(LLAMA)]),
     ],
