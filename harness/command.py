@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,18 +156,10 @@ def summarise(folder: Path, progress: Progress | None = None, hardware_name: str
     given = {"hardware": hardware_name, "model_config": model_config, "calibration": calibration}
     given = {key: value for key, value in given.items() if value}
     if given or "theory" not in loaded.run:
-        wanted = dict(theory) | given
-        engine = {"served": loaded.run.get("model"), "interpreter": loaded.run["scenario"]["engine"].get("python"),
-                  "ran_on": None if hardware_name else (loaded.run.get("machine") or {}).get("cpu"),
-                  **(loaded.run.get("engine") or {})}  # fmt: skip
         stored = loaded.run.get("theory") or {}
-        kept = {name: stored.get(name) for name in ("model", "hardware", "calibration")
-                if name not in given and f"{name}_config" not in given}  # fmt: skip
-        inputs = theory_inputs(wanted, engine, progress or Progress(True), kept)
-        for name, option, at in (("model", "model_config", 0), ("hardware", "hardware", -1)):
-            if option in given and not inputs[name]:  # a typo must not cost the run the row that it knows
-                raise RidgelineError(inputs["missing"][at]["saw"].removeprefix("no prediction: "))
-        loaded.run["theory"] = inputs
+        kept = {name: stored.get(name) for name, option in OPTION_OF.items() if option not in given}
+        engine = engine_of(loaded.run) | ({"ran_on": None} if hardware_name else {})
+        loaded.run["theory"] = theory_inputs(dict(theory) | given, engine, progress or Progress(True), kept, given)
         store.write_json(folder / store.RUN, loaded.run)
     if told := {key: value for key, value in (worth or {}).items() if value}:
         validate(told, "the options")
@@ -244,17 +236,29 @@ def _differences(stored: Any, now: Any, where: str = store.SUMMARY) -> Iterator[
         yield f"{where} is {json.dumps(stored)[:60]}, and the records give {json.dumps(now)[:60]}"
 
 
+OPTION_OF = {"model": "model_config", "hardware": "hardware", "calibration": "calibration"}  # of theory's inputs
+
+
+def engine_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What run.json tells of the engine, and of where and by which interpreter it ran, as `theory_inputs` takes it."""
+    return {"served": run.get("model"), "interpreter": run["scenario"]["engine"].get("python"),
+            "ran_on": (run.get("machine") or {}).get("cpu"), **(run.get("engine") or {})}  # fmt: skip
+
+
 def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress: Progress,
-                  kept: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+                  kept: Mapping[str, Any] | None = None, given: Container[str] = ()) -> dict[str, Any]:  # fmt: skip
     """The model and the hardware row to predict with, as data; what is missing, and which option would help.
 
-    What is `kept` of them is taken as it is: a machine is not measured anew where a run's own row is known.
+    What is `kept` of them is taken as it is: a machine is not measured anew where a run's own row is known.  Options that
+    were `given` just now must hold: RidgelineError, where others are only missing.
     """
     missing: list[dict[str, str]] = []
     model, row, kept = None, None, kept or {}
     try:
         model = model_from(kept["model"]) if kept.get("model") else _model(theory, engine)
     except RidgelineError as problem:
+        if OPTION_OF["model"] in given:
+            raise
         missing.append(
             {
                 "saw": f"no prediction: {problem}",
@@ -264,6 +268,8 @@ def theory_inputs(theory: Mapping[str, Any], engine: Mapping[str, Any], progress
     try:
         row = from_row(kept["hardware"]) if kept.get("hardware") else _hardware(theory, engine, model, progress)
     except RidgelineError as problem:
+        if OPTION_OF["hardware"] in given:
+            raise
         missing.append({"saw": f"no prediction: {problem}",
                         "do": "give --hardware NAME (`ridgeline hardware` lists them), or `machine` for this one"})  # fmt: skip
     calibration = kept.get("calibration")
@@ -310,10 +316,7 @@ def _hardware(
 
     name = theory["hardware"]
     if name and name != "machine":
-        rows = models.hardware(name)
-        if len(rows) != 1:
-            raise RidgelineError(f"hardware file {name}: it has {len(rows)} rows, and one is needed here")
-        return rows[0]
+        return models.hardware_row(name)
     if not name and not engine.get("launched"):
         raise RidgelineError("the hardware is not known")
     if engine.get("ran_on") not in (None, machine.cpu_model()):
@@ -328,10 +331,15 @@ def _hardware(
     working_set = model.weight_bytes(theory["dtype"]) if model else None
     row = machine.row(working_set, progress.line)
     dtype = theory["dtype"] or (model.dtype if model else "")
-    if engine.get("kind") == "vllm" and engine.get("launched") and dtype in ("bf16", "fp16"):
+    venv = {"vllm": ".venv-vllm", "llama.cpp": ".venv-llama"}.get(engine.get("kind") or "")
+    if venv and model and engine.get("launched"):
         with contextlib.suppress(RidgelineError):  # it is not on this machine
-            python = launch.interpreter(engine.get("interpreter"), ".venv-vllm")
-            row = machine.with_kernels(row, python, dtype, progress.line)
+            python, layer = launch.interpreter(engine.get("interpreter"), venv), model.groups[-1]
+            row = machine.with_products(
+                row, python, engine["kind"], dtype, progress.line, layers=model.layers,
+                heads=(layer.heads, layer.kv_heads, layer.head_dim),
+                shapes=layer.matrices(model.hidden, fused=engine["kind"] == "vllm"),
+            )  # fmt: skip
     return from_row(row)
 
 
@@ -427,8 +435,11 @@ def machine(out: Path | None, fresh: bool, as_json: bool, gpu: bool, python: str
     if gpu and python:
         raise RidgelineError("--python: measures the cores, and --gpu the GPU; give one of them")
     row = machine_gpu.row() if gpu else this.row(None, Progress().line, fresh=fresh)
-    if python and "matrix_bytes_per_s" not in (row := this.with_kernels(row, python, "bf16", Progress().line, fresh)):
-        raise RidgelineError(f"--python {python}: no interpreter with a torch for the cores; give that of the engine")
+    if python:
+        for engine, dtype in this.USUAL:
+            row = this.with_products(row, python, engine, dtype, Progress().line, fresh)
+    if python and "products" not in row:
+        raise RidgelineError(f"--python {python}: no interpreter with a vLLM or torch for the cores, or with xllamacpp")
     text = json.dumps(store.clean(row), indent=1)
     if out:
         store.write_text(out, text + "\n")

@@ -85,11 +85,11 @@ class Search:
 
     def _informed(self, session: Session) -> Goal:
         """Begin where theory has the edge, if it knows model and hardware."""
-        from harness.command import model_from, theory_inputs
+        from harness.command import engine_of, model_from, theory_inputs
 
         scenario = session.scenario
         theory = scenario.theory.model_dump(by_alias=True)
-        engine = {"served": session.info.get("model"), **(session.info.get("engine") or {})}
+        engine = engine_of(session.info)
         if not theory["hardware"] and not engine.get("launched"):
             return self.goal
         inputs = theory_inputs(theory, engine, session.progress)

@@ -56,6 +56,14 @@ def hardware(name: str) -> list[Hardware]:
         raise RidgelineError(f"hardware file {name}: {getattr(error, 'strerror', None) or error}") from error
 
 
+def hardware_row(name: str) -> Hardware:
+    """The one row of this name or file, which a run is held against.  Raises RidgelineError as `hardware` does."""
+    rows = hardware(name)
+    if len(rows) != 1:
+        raise RidgelineError(f"hardware file {name}: it has {len(rows)} rows, and one is needed here")
+    return rows[0]
+
+
 def _file(path: Path) -> Path:
     if not path.is_dir():
         if path.suffix not in (".json", ".gguf"):

@@ -57,11 +57,9 @@ def _hardware(name: str, where: str) -> None:
     from harness import models
 
     try:
-        rows = models.hardware(name)
+        models.hardware_row(name)
     except RidgelineError as problem:
         raise RidgelineError(f"{where}: {problem}") from None
-    if len(rows) != 1:
-        raise RidgelineError(f"{where}: {name}: it has {len(rows)} rows, and a run is held against one")
 
 
 def _address(url: str | None, where: str) -> None:

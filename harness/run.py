@@ -22,6 +22,7 @@ import numpy as np
 from harness import (
     __version__,
     client,
+    journal,
     lengths,
     machine,
     openai_wire,
@@ -146,9 +147,7 @@ def _code(session: Session) -> int:
 def _continue(session: Session) -> None:
     """Take up a run that did not end: which points are finished, and what numbers and times go on from."""
     found = store.load(session.folder)
-    session.finished = frozenset(
-        (e["point"], e["trial"]) for e in found.events if e.get("event") == "trial_end" and not e.get("stopped")
-    )
+    session.finished = frozenset(journal.ended(found.events))
     workload = session.scenario.workload
     trials = range(workload.trials if session.upto is None else min(session.upto, workload.trials))
     due = {(point.index, trial) for point in points_of(workload) for trial in trials}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from harness.theory import catalogue
 from harness.theory.architecture import from_config
 from tests.test_theory_architecture import llama
 
@@ -47,13 +46,6 @@ def test_a_step_reads_the_experts_it_meets_and_a_large_one_all_of_them():
     expert = 2 * 32 * 3 * 4096 * 14336
     # One token meets two of eight; the second meets each of the six others with 1/4.
     assert reads == pytest.approx([always + 2 * expert, always + (2 + 6 / 4) * expert, always + 8 * expert])
-
-
-def test_an_expert_computes_few_tokens_of_a_step():
-    mixtral, llama = catalogue.find("mistralai/Mixtral-8x7B-v0.1"), catalogue.find("meta-llama/Llama-2-7b-hf")
-    assert mixtral.tokens_per_expert(1.0) == pytest.approx(1.0)
-    assert mixtral.tokens_per_expert(400.0) == pytest.approx(100.0)
-    assert llama.tokens_per_expert(400.0) == 400.0
 
 
 def test_expected_distinct_experts_are_what_random_routing_gives():

@@ -41,6 +41,7 @@ class Framework:
     (0: fused); `scratch_tokens`: of which the kernels of narrow weights keep space for outputs.  `gathers`: what comes at
     once is taken at once; others take the first prompt that comes and prefill it alone, while the rest of its batch is still
     being read.  `attention_rows`: that decode attention computes for each KV head, however few of its query heads there are.
+    `calls`: of nothing but a small product, that a kernel costs a CPU beside its work.
     `experts_lose`: the power of `gemm` and `compute` that the experts' products take; `untuned`:
     by kernels not yet made for the model (TUNED_LATENT).
     """
@@ -81,6 +82,7 @@ class Framework:
     attention_rows: float = 1.0
     experts_lose: float = 1.0
     untuned: bool = False
+    calls: float = 1.0
 
 
 # Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
@@ -191,6 +193,10 @@ HOPPER = ("H100", "H200", "H20", "H800", "GH200")
 # These compute experts with a Triton kernel of their own, whose losses on a platform lie between none and the library's
 # (rocBLAS on MI300X in 2024: 8.8 times the time): half way in the logarithm.
 FUSED_EXPERTS = ("vllm", "sglang")
+# vLLM runs its layers from Python, which on a CPU nothing hides: (calls, sequence_s).  From one machine: vLLM 0.32 with
+# --enforce-eager on two EPYC cores, 134 M and 518 M parameters: 1.0 ms a layer, where a small product takes 14 us, and 1.2 ms
+# for each sequence, whose tokens are sent on by the same cores.
+CPU_HOST = {"vllm": (6.5, 1.2e-3)}
 CPU_CHUNK = 2048  # tokens of a pass on a CPU: vLLM's max_num_batched_tokens there, llama.cpp's n_batch
 LAST_LOGITS = (4, 45)  # since this release transformers' generate() computes a prompt's last logits only
 # Since this one each layer replaces its own cache; before it the old caches of all layers live until the step has ended.
@@ -225,6 +231,8 @@ def find(
     row = _find(named(name), hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name))
     ran = release(name) or (KNOWN_SINCE.get(family, (4, 0)) if offline else (99, 0))
     row = replace(row, all_logits=row.all_logits and ran < LAST_LOGITS, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
+    if hardware.cpu and named(name) in CPU_HOST:
+        row = replace(row, calls=CPU_HOST[named(name)][0], sequence_s=CPU_HOST[named(name)][1])
     if family in LATENT and (release(name) or (99,)) < TUNED_LATENT.get(named(name), (0,)):
         row = replace(row, step_s=row.step_s + UNTUNED_STEP_S, untuned=True)
     if named(name) == "vllm":

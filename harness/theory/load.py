@@ -177,7 +177,8 @@ def closed(
     waiting = np.maximum(clients / np.maximum(running * _doubt(s), 1.0) - 1, 0.0) * cycle * (1 - 0.5 / waves)
     if np.any(waiting > 0):
         ttft["waiting for memory"] = waiting
-    return _loaded(s, ttft, itl, prefill, step, clients, cycle * clients / running, running, largest, tokens, output)
+    return _loaded(s, ttft, itl, prefill, step, clients, cycle * clients / running, running, largest, tokens, output,
+                   cached_share)  # fmt: skip
 
 
 def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share: float = 0.0) -> Timing:
@@ -195,7 +196,8 @@ def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share:
     wait = np.where(saturated, np.inf, load * prefill.total / (2 * np.maximum(1 - load, 1e-9))) * s.factors.queue
     ttft = {**prefill.terms, **_beside(s, step, 1 - np.exp(-running)), "waiting for prefills": wait}
     seconds = np.where(saturated, running / np.maximum(found, 1e-300), 1.0) ** -1
-    return _loaded(s, ttft, itl, prefill, step, np.full_like(tokens, rate), seconds, running, largest, tokens, output)
+    return _loaded(s, ttft, itl, prefill, step, np.full_like(tokens, rate), seconds, running, largest, tokens, output,
+                   cached_share)  # fmt: skip
 
 
 def _slots(s: Setup, tokens: Array, output: Array, cached_share: float) -> tuple[Array, Array]:
@@ -258,12 +260,13 @@ def _served(
 
 def _loaded(
     s: Setup, ttft: Terms, itl: Terms, prefill: Pass, step: Pass, requests: Array, seconds: Array, running: Array,
-    largest: Array, tokens: Array, output: Array,
+    largest: Array, tokens: Array, output: Array, cached_share: float,
 ) -> Timing:  # fmt: skip
     one = np.ones_like(running)
     alone = decode_step(s, one, tokens + 1, tokens + np.maximum(1.0, output - 1)).bound
     # Whatever the order of passes, the weights are read once for each token of the longest, and all operations are done.
-    busy = np.maximum((output - 1) * alone, requests * prefill.bound)
+    whole = prefill_all(s, np.maximum(requests, 1.0), tokens, cached_share).bound * np.minimum(requests, 1.0)
+    busy = np.maximum((output - 1) * alone, whole)
     return Timing(ttft, itl, prefill.hidden, step.hidden, requests, seconds, running, largest, prefill.bound / s.pp,
                   alone / s.pp, busy / s.pp)  # fmt: skip
 
