@@ -99,7 +99,8 @@ def static(
         busy = busy + np.where(rest > 0, last, 0.0)
     ttft, itl = dict(own), dict(step.terms)
     steps = np.maximum(output - 1, 0)
-    if progressive:
+    if progressive:  # over a connection, as a server is asked
+        ttft["host"], busy = ttft["host"] + s.request_s, busy + s.request_s
         itl["prefills of others"] = early / np.maximum(steps, 1)
     if np.any(waiting > 0):
         ttft["waiting for memory"] = waiting
@@ -195,6 +196,7 @@ def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share:
     saturated = (found > slots * (1 + 1e-3)) | (load >= 1)
     wait = np.where(saturated, np.inf, load * prefill.total / (2 * np.maximum(1 - load, 1e-9))) * s.factors.queue
     ttft = {**prefill.terms, **_beside(s, step, 1 - np.exp(-running)), "waiting for prefills": wait}
+    ttft["host"] = ttft["host"] + s.request_s
     seconds = np.where(saturated, running / np.maximum(found, 1e-300), 1.0) ** -1
     return _loaded(s, ttft, itl, prefill, step, np.full_like(tokens, rate), seconds, running, largest, tokens, output,
                    cached_share)  # fmt: skip
