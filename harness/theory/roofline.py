@@ -27,7 +27,7 @@ import numpy.typing as npt
 from harness.records import RidgelineError
 from harness.theory import kernels, ring
 from harness.theory.dtypes import BITS, GGUF_BITS, RATE, WEIGHT_ONLY, WHOLE, dtype_named
-from harness.theory.frameworks import Framework
+from harness.theory.frameworks import Framework, stored
 from harness.theory.hardware import Hardware
 from harness.theory.shape import Model
 
@@ -181,7 +181,7 @@ def setup(
     notes = [*hardware.caveats, *model.notes]
     if framework.layered:
         tp, pp = 1, tp * pp
-    weights, activations, matmul = _dtypes(model, dtype, notes)
+    weights, activations, matmul = _dtypes(model, stored(dtype, framework.name), notes)
     used, gain = _rate(hardware, matmul, activations, model, weights, notes)
     wide, _ = _rate(hardware, activations, activations, model, weights, [])
     _check_split(model, hardware, tp, pp, ep, dp, cp)
@@ -399,7 +399,7 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
         # All replicas' tokens meet the experts, which are spread over all of them.
         read = model.experts_read(tokens * s.dp)
         grouping = _grouping(s)
-        experts, more = _widened(s, parts["experts"] * read / s.dp * grouping, tokens)
+        experts, more = _widened(s, parts["experts"] * read / s.dp * (s.framework.experts_read or grouping), tokens)
         unpacking, fw = unpacking + more, s.framework
         own = fw.compute ** (fw.experts_lose - 1.0)  # by the engine's own kernels, not the library's
         jobs.append((s.gemm, experts, routed * tokens * slower * grouping * own, s.flops))
