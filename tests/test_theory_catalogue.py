@@ -105,6 +105,7 @@ def test_active_parameters_are_those_that_the_makers_state(name, billions, activ
         ("Deci/DeciLM-7B", "Deci/DeciLM-7B"),
         ("gemma-3-27b-it", "google/gemma-3-27b-pt"),
         ("google/gemma-4-31B-it", "google/gemma-4-31B"),
+        ("deepseek-r1:32b", "Qwen/Qwen2.5-32B"),
         ("Yi-1.5-34B-Chat", "01-ai/Yi-34B"),
         ("LLaMA v2 7B", "meta-llama/Llama-2-7b-hf"),
         ("gptj", "EleutherAI/gpt-j-6b"),

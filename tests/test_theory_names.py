@@ -121,6 +121,6 @@ def test_a_release_tells_what_a_framework_does():
 
 def test_what_a_framework_runs_on_is_not_taken_for_it():
     named = {name: frameworks.named(name) for name in ("transformers GPTQ exllamav2", "ctransformers", "NIM 1.8.0 (TensorRT-LLM)",
-             "TGI AWQ", "Triton+FasterTransformer", "torchao/gpt-fast", "unheard of", "HF transformers")}  # fmt: skip
+             "TGI AWQ", "Triton+FasterTransformer", "torchao/gpt-fast", "unheard of", "HF transformers", "llamafile", "sarathi-serve", "DeepSpeed-FastGen")}  # fmt: skip
     assert list(named.values()) == ["transformers", "llama.cpp", "tensorrt-llm", "vllm", "fastertransformer", "gpt-fast",
-                                    "generic", "transformers"]  # fmt: skip
+                                    "generic", "transformers", "llama.cpp", "vllm", "deepspeed"]  # fmt: skip
