@@ -180,9 +180,10 @@ def named(name: str | None) -> str:
 
 # Since these releases (early 2025) their loops overlap the host with the accelerator by default: vLLM's V1 engine, SGLang's
 # overlapped scheduler, TensorRT-LLM's PyTorch backend.  Static batches with them have the host's cost of served ones.
-# A launch takes a desktop's CPU, beside which these cards sit, less time than a server's, and a T4's old servers more: half way
-# (in the logarithm) to bitsandbytes' benchmarks on one machine each (0.43 and 1.5 times an H100's).
-HOST = {"RTX-30": 0.65, "RTX-40": 0.65, "RTX-50": 0.65, "T4": 1.22}
+# A launch takes a desktop's CPU, beside which these cards sit, less time than a server's: 0.43 by bitsandbytes' benchmarks, and
+# no more by lmdeploy's of llm-awq and the READMEs of AutoAWQ and exllamav2.  A T4's old servers take more: half way (in the
+# logarithm) to bitsandbytes' on one machine (1.5 times an H100's).
+HOST = {"RTX-30": 0.43, "RTX-40": 0.43, "RTX-50": 0.43, "T4": 1.22}
 # Before these releases, in the first weeks of DeepSeek-V3, engines ran latent attention and blockwise fp8 by many general
 # kernels.  What that adds to a step lies between 12 and 43 ms on five servers of dstackai/benchmarks' DeepSeek-R1.
 TUNED_LATENT = {"vllm": (0, 8), "sglang": (0, 4, 4), "tensorrt-llm": (0, 18)}
