@@ -267,7 +267,7 @@ def machine(
     python: Annotated[
         str | None,
         typer.Option(
-            help="Measure the bf16 kernels of this interpreter's torch too, as an engine on the cores uses them."
+            help="Measure the matrix products of the engine in this interpreter too: vLLM's, torch's or llama.cpp's."
         ),
     ] = None,
 ) -> None:

@@ -20,6 +20,7 @@ from harness.progress import Progress
 from harness.records import RidgelineError, Table
 from harness.scenario import SEARCHED, Scenario, load, validate
 from harness.theory.calibration import from_dict
+from harness.theory.frameworks import of_engine
 from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict
 from harness.theory.shape import PARTS, Layers, Model
@@ -331,10 +332,15 @@ def _hardware(
     working_set = model.weight_bytes(theory["dtype"]) if model else None
     row = machine.row(working_set, progress.line)
     dtype = theory["dtype"] or (model.dtype if model else "")
-    if engine.get("kind") == "vllm" and engine.get("launched") and dtype in ("bf16", "fp16"):
+    venv = {"vllm": ".venv-vllm", "llama.cpp": ".venv-llama"}.get(engine.get("kind") or "")
+    if venv and model and engine.get("launched"):
         with contextlib.suppress(RidgelineError):  # it is not on this machine
-            python = launch.interpreter(engine.get("interpreter"), ".venv-vllm")
-            row = machine.with_kernels(row, python, dtype, progress.line)
+            python, layer = launch.interpreter(engine.get("interpreter"), venv), model.groups[-1]
+            row = machine.with_products(
+                row, python, engine["kind"], dtype, progress.line, layers=model.layers,
+                heads=(layer.heads, layer.kv_heads, layer.head_dim),
+                shapes=layer.matrices(model.hidden, fused=engine["kind"] == "vllm"),
+            )  # fmt: skip
     return from_row(row)
 
 
@@ -408,7 +414,8 @@ def _predicted_text(inputs: Mapping[str, Any], scenario: Scenario, batch: int) -
     try:
         found = predict(
             model, row, batch=batch, input_tokens=sizes[0], output_tokens=sizes[1], dtype=t.dtype,
-            kv_dtype=t.kv_dtype, tp=t.tp, pp=t.pp, mode=w.mode, framework=t.framework or scenario.engine.kind,
+            kv_dtype=t.kv_dtype, tp=t.tp, pp=t.pp, mode=w.mode,
+            framework=t.framework or of_engine(scenario.engine.kind, scenario.engine.args),
             calibration=from_dict(inputs["calibration"], "run.json") if inputs["calibration"] else None,
         )  # fmt: skip
     except RidgelineError as problem:
@@ -430,8 +437,11 @@ def machine(out: Path | None, fresh: bool, as_json: bool, gpu: bool, python: str
     if gpu and python:
         raise RidgelineError("--python: measures the cores, and --gpu the GPU; give one of them")
     row = machine_gpu.row() if gpu else this.row(None, Progress().line, fresh=fresh)
-    if python and "matrix_bytes_per_s" not in (row := this.with_kernels(row, python, "bf16", Progress().line, fresh)):
-        raise RidgelineError(f"--python {python}: no interpreter with a torch for the cores; give that of the engine")
+    if python:
+        for engine, dtype in this.USUAL:
+            row = this.with_products(row, python, engine, dtype, Progress().line, fresh)
+    if python and "products" not in row:
+        raise RidgelineError(f"--python {python}: no interpreter with a vLLM or torch for the cores, or with xllamacpp")
     text = json.dumps(store.clean(row), indent=1)
     if out:
         store.write_text(out, text + "\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import hashlib
 import io
 import json
 import math
@@ -38,6 +39,8 @@ FAR_BYTES = 512 * MIB
 BLAS_THREADS = (
     "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
 )  # fmt: skip
+# What `ridgeline machine --python` measures of an engine that is there: the dtypes that are served most.
+USUAL = (("vllm", "bf16"), ("llama.cpp", "q4_0"), ("llama.cpp", "q4_k"), ("llama.cpp", "q8_0"))
 NOTE = (
     "measured with numpy, best of several sizes and thread counts; fp32 only: the rates of other dtypes cannot be measured"
     " with numpy, and predictions fall back to this one"
@@ -227,29 +230,60 @@ def row(working_set_bytes: float | None, say: Say, fresh: bool = False) -> dict[
     return dict(entry["row"]) | {"notes": f"{entry['row']['notes']}; measured {age} before it was used"}
 
 
-def with_kernels(row: dict[str, Any], interpreter: str, dtype: str, say: Say, fresh: bool = False) -> dict[str, Any]:
-    """The row and what the matrix kernels of the torch that `interpreter` has reach in `dtype`; the row alone where it has
-    none for the cores.  Takes about 4 s, and is stored as rows are, but where others disturbed it."""
-    from harness import torch_rates
+def with_products(
+    row: dict[str, Any],
+    interpreter: str,
+    engine: str,
+    dtype: str,
+    say: Say,
+    fresh: bool = False,
+    layers: int = 1000,
+    heads: tuple[int, int, int] = (32, 8, 64),
+    shapes: Sequence[tuple[int, int]] = ((2048, 5632),),
+) -> dict[str, Any]:
+    """The row and what the matrix products of the `engine` (vllm: torch; llama.cpp) that `interpreter` has take in `dtype`, for
+    so many layers' matrices of these shapes (inner, outer) and attention of these (query heads, KV heads, width); the row alone
+    where it has none for the cores.  Takes about 6 s, and is stored as rows are, but where others disturbed it."""  # fmt: skip
+    from harness import product_rates
+    from harness.theory.dtypes import kind_of
+    from harness.theory.gguf import number_of
 
-    key = f"{cpu_model()}, {usable_cores()} cores, {dtype} by {os.path.abspath(interpreter)}"
+    dtype = kind_of(dtype)
+    kind = dtype if engine == "vllm" else number_of(dtype)
+    if (kind not in ("bf16", "fp16", "fp32") and engine == "vllm") or kind is None:
+        return row
+    sizes = [str(layers), "x".join(map(str, heads)), ",".join(f"{inner}x{outer}" for inner, outer in shapes)]
+    source = Path(product_rates.__file__).read_text(encoding="utf-8")
+    key = f"{cpu_model()}, {usable_cores()} cores, {dtype} by {os.path.abspath(interpreter)}, {' '.join(sizes)}"
+    key += f", as of {_installed_s(interpreter):.0f} and {hashlib.sha256(source.encode()).hexdigest()[:8]}"
     stored = _stored()
     if fresh or (entry := stored.get(key)) is None:
-        say(f"measuring the {dtype} matrix kernels of {interpreter}")
-        source = Path(torch_rates.__file__).read_text(encoding="utf-8")
-        command = [interpreter, "-c", source, dtype, str(usable_cores()), "3"]
+        say(f"measuring the {dtype} matrix products of {interpreter}")
+        command = [interpreter, "-c", source, str(kind), str(usable_cores()), "4", *sizes]
         try:
             entry = _entry(
                 lambda: json.loads(subprocess.run(command, capture_output=True, timeout=120, check=True).stdout)
             )
         except (OSError, subprocess.SubprocessError, ValueError):
+            say(f"{interpreter} has no {dtype} products that can be measured")
             return row
         if entry["others_share"] <= DISTURBED_SHARE:
             _store(stored | {key: entry})
-    rates = entry["row"]
-    told = f"{dtype} kernels measured with torch {rates['torch']}: products with one row read {rates['bytes_per_s'] / 1e9:.1f} GB/s"
-    return row | {"flops": row["flops"] | {dtype: rates["flops_per_s"]}, "matrix_bytes_per_s": rates["bytes_per_s"],
-                  "notes": f"{row['notes']}; {told}"}  # fmt: skip
+    found = entry["row"]
+    flops = row["flops"] | ({dtype: found["flops_per_s"]} if engine == "vllm" else {})
+    told = f"{dtype} products measured with {found['library']}: those with one row read {1e-9 / found['s_per_byte'][0]:.1f} GB/s"
+    kept = {k: v for k, v in found.items() if k not in ("library", "flops_per_s")}
+    return row | {
+        "flops": flops,
+        "notes": f"{row['notes']}; {told}",
+        "products": row.get("products", {}) | {dtype: kept},
+    }
+
+
+def _installed_s(interpreter: str) -> float:
+    """When a package was last installed beside it, in seconds of the epoch; 0 where that is not known."""
+    folders = Path(interpreter).parent.parent.glob("lib/python*/site-packages")
+    return max((folder.stat().st_mtime for folder in folders), default=0.0)
 
 
 def _entry(measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:

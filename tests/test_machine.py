@@ -19,7 +19,13 @@ from harness.records import RidgelineError
 from harness.theory.hardware import from_row
 
 ROOT = Path(__file__).parent.parent
-VLLM = ROOT / ".venv-vllm" / "bin" / "python"
+VLLM, LLAMA = (ROOT / f".venv-{name}" / "bin" / "python" for name in ("vllm", "llama"))
+
+
+def has(python: Path) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        not python.exists(), reason=f"no {python.parts[-3]} here: `make llama` or `make vllm-engine`"
+    )
 
 
 def test_the_description_is_json_and_keeps_the_name_of_the_machine_to_itself() -> None:
@@ -107,18 +113,24 @@ def test_a_disturbed_row_is_measured_again_and_the_better_rate_counts(tmp_path: 
     assert row["flops"] == {"fp32": 9e99} and row["bytes_per_s"] > 1e8
 
 
-def with_kernels(cache: Path, interpreter: Path | str) -> tuple[dict[str, Any], str]:
-    say = "lambda s: print(s, file=sys.stderr)"
-    return call(cache, f"print(json.dumps(machine.with_kernels({STORED!r}, {str(interpreter)!r}, 'bf16', {say})))")
+def with_products(cache: Path, interpreter: Path | str, engine: str, dtype: str) -> tuple[dict[str, Any], str]:
+    asked = f"{STORED!r}, {str(interpreter)!r}, {engine!r}, {dtype!r}, lambda s: print(s, file=sys.stderr)"
+    sizes = "layers=2, heads=(4, 2, 64), shapes=[(1024, 1024), (1024, 2048)]"
+    return call(cache, f"print(json.dumps(machine.with_products({asked}, {sizes})))")
 
 
 @pytest.mark.parametrize("interpreter", [sys.executable, "/no/such/python"])
-def test_an_interpreter_without_torch_leaves_the_row_as_it_is(tmp_path: Path, interpreter: str) -> None:
-    assert with_kernels(tmp_path, interpreter)[0] == STORED
+@pytest.mark.parametrize(
+    ("engine", "dtype"), [("vllm", "bf16"), ("vllm", "int4"), ("llama.cpp", "q4_1"), ("llama.cpp", "x")]
+)
+def test_an_interpreter_without_the_engine_leaves_the_row_as_it_is(
+    tmp_path: Path, interpreter: str, engine: str, dtype: str
+) -> None:
+    assert with_products(tmp_path, interpreter, engine, dtype)[0] == STORED
 
 
 @pytest.mark.parametrize("named", [None, "~/elsewhere"])
-def test_a_run_measures_the_kernels_of_the_vllm_that_it_started(
+def test_a_run_measures_the_products_of_the_vllm_that_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
 ) -> None:
     """Of that which `make vllm` made here, too, and by the path as it was given."""
@@ -138,18 +150,29 @@ def test_a_run_measures_the_kernels_of_the_vllm_that_it_started(
     }
     code = f"print(json.dumps(command.theory_inputs({theory!r}, {engine!r}, Progress())['hardware']))"
     row, said = call(tmp_path, f"from harness import command; from harness.progress import Progress; {code}")
-    assert row["name"] == "x" and f"measuring the bf16 matrix kernels of {python}" in said
+    assert row["name"] == "x" and f"measuring the bf16 matrix products of {python}" in said
 
 
-@pytest.mark.vllm
-@pytest.mark.skipif(not VLLM.exists(), reason="make vllm-engine")
-def test_an_engines_own_kernels_are_measured_and_kept(tmp_path: Path) -> None:
-    row, said = with_kernels(tmp_path, VLLM)
-    assert "measuring the bf16" in said and "torch" in row["notes"]
-    assert 1e9 < row["flops"]["bf16"] < 1e15 and 1e8 < row["matrix_bytes_per_s"] < 1e13
-    assert from_row(row | {"mem_bytes": 1e9}).flops["bf16"] == row["flops"]["bf16"]
+@pytest.mark.parametrize(
+    ("python", "engine", "dtype", "library"),
+    [
+        pytest.param(VLLM, "vllm", "bf16", "vLLM ", marks=[pytest.mark.vllm, has(VLLM)]),
+        pytest.param(LLAMA, "llama.cpp", "q4_1", "xllamacpp ", marks=[pytest.mark.full, has(LLAMA)]),
+        pytest.param(LLAMA, "llama.cpp", "q4_0", "xllamacpp ", marks=[pytest.mark.full, has(LLAMA)]),
+        pytest.param(LLAMA, "llama.cpp", "fp16", "xllamacpp ", marks=[pytest.mark.full, has(LLAMA)]),
+    ],
+)
+def test_an_engines_own_products_are_measured_and_kept(
+    tmp_path: Path, python: Path, engine: str, dtype: str, library: str
+) -> None:
+    row, said = with_products(tmp_path, python, engine, dtype)
+    assert f"measuring the {dtype}" in said and f"{dtype} products measured with {library}" in row["notes"]
+    found = from_row(row | {"mem_bytes": 1e9}).products[dtype]
+    assert 1e6 < 1 / found.s_per_byte[0] < 1e13 and 0 < found.call_s < 1
+    assert found.s_per_byte[-1] > found.s_per_byte[0], "512 rows are more work than one"
+    assert (found.kv_s_per_byte > 0) is (engine == "llama.cpp") is ("bf16" not in row["flops"])
     kept = (tmp_path / "ridgeline" / "machine.json").exists()  # not where others disturbed it
-    again, said = with_kernels(tmp_path, VLLM)
+    again, said = with_products(tmp_path, python, engine, dtype)
     assert ("measuring" in said) is not kept and (not kept or again == row)
 
 

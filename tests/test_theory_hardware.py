@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.records import RidgelineError
-from harness.theory import hardware, kernels
+from harness.theory import hardware
 
 ROWS = hardware.catalogue()
 
@@ -205,7 +205,14 @@ def test_a_row_survives_json(row):
     assert repr(again) == repr(row)
 
 
+PRODUCTS = {"rows": [1, 2, 512], "s_per_byte": [1e-10, 2e-10, 1e-8], "entry_bytes": 2, "call_s": 1e-5}
 MEASURED = {"name": "here", "flops": {"fp32": 1e11}, "mem_bytes": 16e9, "bytes_per_s": 4e10}
+
+
+def test_measured_products_are_kept_as_they_were():
+    row = hardware.from_row(MEASURED | {"products": {"q4_1": PRODUCTS}})
+    assert json.loads(json.dumps(row.as_dict()))["products"]["q4_1"] == PRODUCTS | {"kv_s_per_byte": None}
+    assert repr(hardware.from_row(row.as_dict())) == repr(row)
 
 
 def test_a_measured_row_needs_four_fields():
@@ -214,20 +221,15 @@ def test_a_measured_row_needs_four_fields():
     assert math.isnan(row.usd_per_h)
 
 
-def test_narrow_matrices_are_read_at_the_rate_that_was_measured_of_them():
-    row = hardware.from_row(MEASURED | {"matrix_bytes_per_s": 1e10})
-    assert kernels.law(row, "gemm", "bf16").bandwidth == 0.25
-    assert (
-        kernels.law(row, "gemm", "int4").bandwidth == kernels.law(hardware.from_row(MEASURED), "gemm", "bf16").bandwidth
-    )
-    assert kernels.law(row, "decode", "bf16") == kernels.law(hardware.from_row(MEASURED), "decode", "bf16")
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"bytes_per_s": 0}, "bytes_per_s"),
-        ({"matrix_bytes_per_s": 0}, "matrix_bytes_per_s"),
+        ({"products": {"bf16": PRODUCTS | {"entry_bytes": 0}}}, "products.bf16.entry_bytes"),
+        ({"products": {"bf16": PRODUCTS | {"rows": [1, 2]}}}, "products.bf16"),
+        ({"products": {"bf16": PRODUCTS | {"rows": [4, 2, 8]}}}, "products.bf16"),
+        ({"products": {"bf16": {"rows": [1]}}}, "products.bf16"),
+        ({"products": {"bf16": 3}}, "products.bf16"),
         ({"bytes_per_s": math.nan}, "bytes_per_s"),
         ({"bytes_per_s": "4e10"}, "bytes_per_s"),
         ({"mem_bytes": None}, "mem_bytes"),

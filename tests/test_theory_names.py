@@ -124,3 +124,11 @@ def test_what_a_framework_runs_on_is_not_taken_for_it():
              "TGI AWQ", "Triton+FasterTransformer", "torchao/gpt-fast", "unheard of", "HF transformers", "llamafile", "sarathi-serve", "DeepSpeed-FastGen")}  # fmt: skip
     assert list(named.values()) == ["transformers", "llama.cpp", "tensorrt-llm", "vllm", "fastertransformer", "gpt-fast",
                                     "generic", "transformers", "llama.cpp", "vllm", "deepspeed"]  # fmt: skip
+
+
+def test_an_engines_arguments_are_part_of_its_name():
+    command = ["/opt/eager/python", "-m", "vllm.entrypoints.openai.api_server", "--model", "x", "--enforce-eager"]
+    assert frameworks.of_engine("vllm", command) == "vllm --enforce-eager"
+    assert frameworks.of_engine("vllm", command[:-1]) == "vllm" and frameworks.of_engine(None, command) is None
+    cores = hardware.find("EPYC-9654")
+    assert frameworks.find("vllm --enforce-eager", cores) == frameworks.find("vllm", cores), "which launches nothing"

@@ -51,6 +51,44 @@ def test_few_tokens_at_a_time_are_slow_on_a_cpu_and_many_are_not():
     assert all(np.diff(shares) < 0)
 
 
+PRODUCTS = hardware.Products((1.0, 2.0, 4.0, 512.0), (1e-10, 3e-10, 4e-10, 2.56e-8), 2.0, call_s=1e-5)
+
+
+def measured(**options):
+    row = {"name": "here", "flops": {"fp32": 2e11, "bf16": 1e12}, "mem_bytes": 64e9, "bytes_per_s": 4e10}
+    return setup(gpu=replace(hardware.from_row(row), products={"bf16": PRODUCTS}), **options)
+
+
+def test_products_that_were_measured_take_what_was_measured():
+    rows = np.array([1.0, 2.0, math.sqrt(8), 4.0, 512.0, 2048.0])
+    took = roofline.decode_step(measured(), rows, np.full(6, 1.0), np.full(6, 1.0)).terms
+    matrices = sum(took[name] for name in ("weights", "matmul", "ridge")) / LLAMA.read_bytes()
+    assert matrices == pytest.approx([1e-10, 3e-10, math.sqrt(12e-20), 4e-10, 2.56e-8, 4 * 2.56e-8], rel=1e-3)
+
+
+def test_decode_attention_is_read_as_it_was_measured_or_as_the_products_are():
+    plain = measured()
+    assert plain.decode.bandwidth == pytest.approx(0.7 * 1e10 / 4e10)
+    row = replace(plain.hardware, products={"bf16": replace(PRODUCTS, kv_s_per_byte=2e-10)})
+    assert setup(gpu=row).decode.bandwidth == pytest.approx(5e9 / 4e10)
+    row = replace(plain.hardware, products={"q4_1": PRODUCTS})
+    assert setup(gpu=row).decode == kernels.law(row, "decode", "bf16"), "of another dtype"
+
+
+def test_a_cpu_pays_for_every_call_of_a_kernel_and_vllm_several_times():
+    took = [float(roofline.decode_step(measured(framework=f), *arrays(1, 400, 400)).terms["launch"][0])
+            for f in ("llama.cpp", "vllm")]  # fmt: skip
+    assert took[0] == pytest.approx((32 * (4 + 6 + 1) + 1) * 1e-5)
+    assert took[1] == pytest.approx(frameworks.CPU_HOST["vllm"][0] * took[0])
+
+
+def test_the_narrow_factor_is_of_what_few_rows_take_longer():
+    twice = measured(factors=roofline.Factors(narrow=2.0))
+    once, more = (roofline.decode_step(s, *arrays(2, 400, 400)).terms for s in (measured(), twice))
+    assert more["ridge"] == pytest.approx(2 * once["ridge"]) and once["ridge"] > 0
+    assert {k: v for k, v in more.items() if k != "ridge"} == {k: v for k, v in once.items() if k != "ridge"}
+
+
 def test_slower_memory_of_the_same_chip_reaches_a_larger_share():
     shares = [kernels.law(hardware.find(n), "gemm", "bf16").bandwidth for n in ("A100-SXM-40GB", "A100-SXM-80GB")]
     assert shares[0] > shares[1]

@@ -67,6 +67,13 @@ _GGUF_SHORT = {"q8": "q8_0", "q8_k": "q8_0", "q8_1": "q8_0", "q6": "q6_k", "q6_k
                "q4": "q4_k_m", "q4_k": "q4_k_m", "q3": "q3_k_m", "q3_k": "q3_k_m", "q2": "q2_k", "q2_k_m": "q2_k",
                "q2_k_l": "q2_k", "q2_k_xl": "q2_k", "q3_k_xl": "q3_k_l", "q4_k_xl": "q4_k_m", "q4_k_l": "q4_k_m",
                "q5_k_xl": "q5_k_m", "q5_k_l": "q5_k_m", "q6_k_xl": "q6_k", "q8_k_xl": "q8_0", "iq4": "iq4_xs"}  # fmt: skip
+
+
+def kind_of(dtype: str) -> str:
+    """The type that most tensors of a GGUF mixture have ("q4_k" of "q4_k_m"); other dtypes as they are."""
+    return re.sub(r"(?<=_k)_[sml]$", "", dtype)
+
+
 UNSAID = ("", "?", "auto", "nan", "none", "null", "unquantized", "default", "as stored", "mixed", "-", "n/a", "na")
 
 

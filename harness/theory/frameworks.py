@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -38,6 +39,7 @@ class Framework:
     (0: fused); `scratch_tokens`: of which the kernels of narrow weights keep space for outputs.  `gathers`: what comes at
     once is taken at once; others take the first prompt that comes and prefill it alone, while the rest of its batch is still
     being read.  `attention_rows`: that decode attention computes for each KV head, however few of its query heads there are.
+    `calls`: of nothing but a small product, that a kernel costs a CPU beside its work.
     `experts_lose`: the power of `compute` that the experts' products take; `experts_read`: `experts` for reading their weights,
     where that differs (0: it does not); `untuned`:
     by kernels not yet made for the model (TUNED_LATENT).
@@ -78,6 +80,7 @@ class Framework:
     experts_lose: float = 1.0
     experts_read: float = 0.0
     untuned: bool = False
+    calls: float = 1.0
 
 
 # Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
@@ -207,6 +210,10 @@ EAGER = re.compile(r"(?<![a-z])eager(?![a-z])|(disable|without|no)[ _-](cuda[ _-
 EAGER_ENGINES, EAGER_LAUNCH_S = ("vllm", "sglang"), 50e-6
 # Whose 8 bit are of the weights alone, and under which name: they have no kernels that multiply by per-channel int8 alone.
 EIGHT_BIT = {"llama.cpp": "q8_0", "exllama": "w8a16", "exllamav2": "w8a16"}
+# vLLM runs its layers from Python, which on a CPU nothing hides: (calls, sequence_s).  From one machine: vLLM 0.32 with
+# --enforce-eager on two EPYC cores, 134 M and 518 M parameters: 1.0 ms a layer, where a small product takes 14 us, and 1.2 ms
+# for each sequence, whose tokens are sent on by the same cores.
+CPU_HOST = {"vllm": (6.5, 1.2e-3)}
 CPU_CHUNK = 2048  # tokens of a pass on a CPU: vLLM's max_num_batched_tokens there, llama.cpp's n_batch
 LAST_LOGITS = (4, 45)  # since this release transformers' generate() computes a prompt's last logits only
 # Since this one each layer replaces its own cache; before it the old caches of all layers live until the step has ended.
@@ -241,6 +248,8 @@ def find(
     row = _find(named(name), hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name))
     ran = release(name) or (KNOWN_SINCE.get(family, (4, 0)) if offline else (99, 0))
     row = replace(row, all_logits=row.all_logits and ran < LAST_LOGITS, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
+    if hardware.cpu and named(name) in CPU_HOST:
+        row = replace(row, calls=CPU_HOST[named(name)][0], sequence_s=CPU_HOST[named(name)][1])
     if family in LATENT and (release(name) or (99,)) < TUNED_LATENT.get(named(name), (0,)):
         row = replace(row, step_s=row.step_s + UNTUNED_STEP_S, untuned=True)
     if named(name) == "vllm":
@@ -266,6 +275,12 @@ def find(
             row, cache_copies=2.0, score_bytes=0.0 if "flash" in (name or "").casefold() else EAGER_SCORE_BYTES
         )
     return row
+
+
+def of_engine(kind: str | None, arguments: Iterable[object] = ()) -> str | None:
+    """The name of an engine as its command makes it: "vllm --enforce-eager"."""
+    told = [a for a in map(str, arguments) if a.startswith("--") and EAGER.search(a.casefold())]
+    return " ".join([kind, *told]) if kind else None
 
 
 def stored(dtype: str | None, name: str) -> str | None:

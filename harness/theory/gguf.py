@@ -67,6 +67,13 @@ GGML_TYPES: dict[int, GgmlType] = {
     40: GgmlType("NVFP4", 64, 36),
 }
 
+
+def number_of(dtype: str) -> int | None:
+    """The GGML type that a model's dtype names ("q4_1", "fp16"), None where it is no such type."""
+    name = {"fp32": "F32", "fp16": "F16", "fp4": "MXFP4"}.get(dtype, dtype.upper())
+    return next((number for number, kind in GGML_TYPES.items() if kind.name.upper() == name), None)
+
+
 # Metadata value type -> how struct reads it; strings and arrays are apart.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9

@@ -14,11 +14,13 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import yaml
 
 from harness import units
@@ -26,6 +28,30 @@ from harness.records import NAN, RidgelineError
 
 DTYPES = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4", "int4")
 GIGA, TERA = 1e9, 1e12
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """What an engine's own matrix products take on a CPU: `s_per_byte` of matrices by the `rows` multiplied with them (both
+    rising), of which an entry takes `entry_bytes`; its decode attention for each byte of the KV cache; the call of a kernel."""
+
+    rows: tuple[float, ...]
+    s_per_byte: tuple[float, ...]
+    entry_bytes: float
+    call_s: float = 0.0
+    kv_s_per_byte: float = NAN
+
+    @property
+    def wide_s_per_byte(self) -> float:
+        """Of each row where there are many."""
+        return self.s_per_byte[-1] / self.rows[-1]
+
+    def excess_s_per_byte(self, rows: Array) -> Array:
+        """By how much products with so many rows take longer than reading, and than their share of a wide product."""
+        took = np.exp(np.interp(np.log(np.maximum(rows, 1.0)), np.log(self.rows), np.log(self.s_per_byte)))
+        return np.asarray(np.maximum(0.0, took - np.maximum(self.s_per_byte[0], rows * self.wide_s_per_byte)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +75,13 @@ class Hardware:
     measured: bool = False
     price_source: str = ""
     link_group: int = 0  # 0: the link joins every accelerator of the machine
-    matrix_bytes_per_s: float = (
-        NAN  # what products with few rows read of 16-bit matrices, where that was measured apart
-    )
+    products: dict[str, Products] = field(default_factory=dict)  # by the dtype of the weights, where they were measured
 
     def as_dict(self) -> dict[str, Any]:
         """The row as JSON takes it (NaN is null); `from_row` reads it back."""
         row = asdict(self)
-        return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()}
+        row["products"] = {dtype: _known(one) for dtype, one in row["products"].items()}
+        return _known(row)
 
     def link_for(self, n: int) -> float:
         """Bytes per second and direction between `n` accelerators of a machine: the link, or PCIe beyond its bridge."""
@@ -76,6 +101,10 @@ class Hardware:
         parts = (part.strip() for part in self.notes.replace("[unverified", ";[unverified").split(";"))
         doubtful = ("disputed", "[unverified", "assumed")
         return tuple(f"{self.name}: {p.strip('[]')}" for p in parts if p.startswith(doubtful))
+
+
+def _known(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()}
 
 
 def from_row(row: Mapping[str, Any]) -> Hardware:
@@ -106,14 +135,32 @@ def from_row(row: Mapping[str, Any]) -> Hardware:
         bytes_per_s=_positive(name, "bytes_per_s", row.get("bytes_per_s")),
         **{
             key: NAN if row.get(key) is None else _positive(name, key, row[key])
-            for key in ("link_bytes_per_s", "pcie_bytes_per_s", "tdp_w", "usd_per_h", "matrix_bytes_per_s")
+            for key in ("link_bytes_per_s", "pcie_bytes_per_s", "tdp_w", "usd_per_h")
         },
         source=str(row.get("source") or ""),
         notes=str(row.get("notes") or ""),
         measured=bool(row.get("measured", True)),
         price_source=str(row.get("price_source") or ""),
         link_group=group,
+        products={dtype: _products(name, dtype, one) for dtype, one in (row.get("products") or {}).items()},
     )
+
+
+def _products(name: str, dtype: str, row: Mapping[str, Any]) -> Products:
+    try:
+        rows, took = (
+            tuple(_positive(name, f"products.{dtype}.{k}", v) for v in row[k]) for k in ("rows", "s_per_byte")
+        )
+        alike = len(rows) == len(took) > 0 and list(rows) == sorted(set(rows)) and "entry_bytes" in row
+    except (KeyError, TypeError):
+        alike = False
+    if not alike:
+        raise RidgelineError(
+            f"hardware row {name}: products.{dtype} must have as many rising `rows` as `s_per_byte`, and `entry_bytes`"
+        )
+    others = {key: _positive(name, f"products.{dtype}.{key}", row[key]) for key in ("entry_bytes", "call_s", "kv_s_per_byte")
+              if key == "entry_bytes" or row.get(key)}  # fmt: skip
+    return Products(rows, took, **others)
 
 
 def _positive(name: str, key: str, value: Any) -> float:

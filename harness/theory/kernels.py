@@ -15,12 +15,13 @@ import csv
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from harness.records import NAN
-from harness.theory.hardware import Hardware, find
+from harness.theory.hardware import Hardware, Products, find
 
 Array = npt.NDArray[np.float64]
 
@@ -35,6 +36,7 @@ class Law:
     sharpness: float = NAN
     half_length: float = NAN  # prefill attention: tokens at which it reaches half of `compute`
     tile: float = 1.0  # rows that a matrix kernel computes at least, where the fit tells them from reading
+    products: Products | None = None  # what was measured of an engine's own, instead of latency and sharpness
 
 
 # A CPU's row is measured by the same kind of loop, so that it is near what a kernel reaches.
@@ -50,7 +52,9 @@ def _table() -> dict[tuple[str, str, str], list[tuple[str, str, Law]]]:
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     table: dict[tuple[str, str, str], list[tuple[str, str, Law]]] = {}
     for row in csv.DictReader(lines):
-        shares = {c: float(row[c] or "nan") for c in ("bandwidth", "compute", "sharpness", "half_length")}
+        shares: dict[str, Any] = {
+            c: float(row[c] or "nan") for c in ("bandwidth", "compute", "sharpness", "half_length")
+        }
         law = Law(float(row["latency_us"]) * 1e-6, **shares, tile=float(row["tile"] or 1))
         for prefix in row["hardware"].split(";"):
             table.setdefault((row["kernel"], row["dtype"], row["gpus"]), []).append((prefix, row["reference"], law))
@@ -82,10 +86,14 @@ def _named(name: str, measured: bool, bytes_per_s: float, kernel: str, dtype: st
 
 def law(hardware: Hardware, kernel: str, dtype: str) -> Law:
     """The law of `kernel` ("gemm", "decode", "prefill") for a dtype; of hardware like it where there is none."""
-    found = _named(hardware.name, hardware.measured, hardware.bytes_per_s, kernel, dtype)
-    if kernel == "gemm" and dtype in ("bf16", "fp16") and hardware.matrix_bytes_per_s > 0:
-        return replace(found, bandwidth=hardware.matrix_bytes_per_s / hardware.bytes_per_s)
-    return found
+    return _named(hardware.name, hardware.measured, hardware.bytes_per_s, kernel, dtype)
+
+
+def of_products(hardware: Hardware, products: Products, flops_per_s: float) -> Law:
+    """The law of matrix products that were measured, with `flops_per_s` as the data sheet's rate."""
+    bandwidth = 1 / products.s_per_byte[0] / hardware.bytes_per_s
+    compute = 2 / products.entry_bytes / products.wide_s_per_byte / flops_per_s
+    return Law(0.0, bandwidth, compute, products=products)
 
 
 @cache

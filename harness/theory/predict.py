@@ -186,6 +186,10 @@ def _details(found: Sweep, at: int, metric: str) -> dict[str, str]:
         "matmul": f"{units.amount(work)}FLOP at {units.flops(s.flops * s.tp)} {s.matmul_dtype}, of which kernels reach "
         f"{units.percent(s.gemm.compute, 2)}",
     }
+    if s.gemm.products:
+        said["ridge"] = (
+            f"what the engine's own products with {units.count(tokens)} rows were measured to take beyond that"
+        )
     if metric == "itl_s":
         first, last = found.input_tokens[at] + 1, found.input_tokens[at] + max(1.0, found.output_tokens[at] - 1)
         kv = together * float(model.mean_kv_read_bytes(first, last, s.kv_dtype)) / s.cp

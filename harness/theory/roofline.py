@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.records import RidgelineError
-from harness.theory import kernels, ring
-from harness.theory.dtypes import BITS, GGUF_BITS, RATE, WEIGHT_ONLY, WHOLE, dtype_named
+from harness.theory import kernels, precision, ring
+from harness.theory.dtypes import BITS, GGUF_BITS, WHOLE, dtype_named, kind_of
 from harness.theory.frameworks import Framework, stored
 from harness.theory.hardware import Hardware
 from harness.theory.shape import Model
@@ -78,7 +78,7 @@ class Factors:
     link: float = 1.0
     queue: float = 1.0
     request: float = 1.0
-    narrow: float = 1.0  # of a CPU's matrix work on a single token, on top of `compute`; see NARROW_TOKENS
+    narrow: float = 1.0  # of a CPU's matrix work on few tokens, on top of `compute`; see NARROW_TOKENS
     slot: float = 0.0  # an addend: slots that the server has fewer than the clients, as a share of one
 
 
@@ -181,70 +181,32 @@ def setup(
     notes = [*hardware.caveats, *model.notes]
     if framework.layered:
         tp, pp = 1, tp * pp
-    weights, activations, matmul = _dtypes(model, stored(dtype, framework.name), notes)
-    used, gain = _rate(hardware, matmul, activations, model, weights, notes)
-    wide, _ = _rate(hardware, activations, activations, model, weights, [])
+    weights, activations, matmul = precision.settled(model, stored(dtype, framework.name), notes)
+    used, gain = precision.rate(hardware, matmul, activations, model, weights, notes)
+    wide, _ = precision.rate(hardware, activations, activations, model, weights, [])
     _check_split(model, hardware, tp, pp, ep, dp, cp)
     if not kernels.measured_itself(hardware) and not hardware.measured:
         notes.append(f"no kernels of {hardware.name} were measured: the efficiencies are those of other accelerators")
     cache = None if kv_dtype in (None, "", "auto") else dtype_named(str(kv_dtype))
-    cache_law = "fp8" if cache in ("fp8", "int8") else "bf16"
+    decode = kernels.law(hardware, "decode", "fp8" if cache in ("fp8", "int8") else "bf16")
+    if products := hardware.products.get(kind_of(weights or model.dtype)):
+        # Where it was not measured, the usual share of the products' rate: vLLM 0.32 on two EPYC cores reads 16 GB/s of it, and
+        # 23 of matrices.
+        attending = products.kv_s_per_byte
+        if math.isnan(attending):
+            attending = products.s_per_byte[0] / decode.bandwidth
+        decode = replace(decode, bandwidth=1 / attending / hardware.bytes_per_s)
+        gemm, head = (kernels.of_products(hardware, products, hardware.flops[d]) for d in (used, wide))
+    else:
+        gemm = kernels.law(hardware, "gemm", precision.law_dtype(weights or model.dtype, used))
+        head = kernels.law(hardware, "gemm", "bf16")
     built = Setup(
         model, hardware, framework, tp, pp, ep, dp, weights, cache, used,
         hardware.flops[used], hardware.flops[wide], gain, factors or Factors(), tuple(notes),
-        gemm=kernels.law(hardware, "gemm", _law_dtype(weights or model.dtype, used)),
-        head=kernels.law(hardware, "gemm", "bf16"),
-        decode=kernels.law(hardware, "decode", cache_law),
-        prefill=kernels.law(hardware, "prefill", "bf16"), cp=cp,
+        gemm=gemm, head=head, decode=decode, prefill=kernels.law(hardware, "prefill", "bf16"), cp=cp,
     )  # fmt: skip
     ring.check(built)
     return built
-
-
-def _law_dtype(stored: str, used: str) -> str:
-    if used in ("fp8", "fp4", "int8") or stored in WHOLE:
-        return used
-    return "int8_weights" if BITS.get(stored, 4.0) >= 6 else "int4"  # narrow weights, multiplied wide
-
-
-def _dtypes(model: Model, dtype: str | None, notes: list[str]) -> tuple[str | None, str, str]:
-    """(dtype of the weights or None for as stored, of the activations, of the layers' matrix products)."""
-    if dtype is None or dtype.lower() in ("auto", "", model.dtype):
-        return None, model.compute_dtype, model.matmul_dtype
-    wanted = dtype_named(dtype)
-    if wanted == model.dtype:
-        return None, model.compute_dtype, model.matmul_dtype
-    if wanted in WHOLE and model.dtype not in WHOLE:
-        # As engines take it: --dtype names the activations, and quantized weights stay as they are.
-        notes.append(f"the weights stay in {model.dtype}, as they are stored; {wanted} is for the activations")
-        matmul = model.matmul_dtype if model.matmul_dtype not in WHOLE else wanted
-        return None, wanted, matmul
-    if wanted in WHOLE:
-        return wanted, wanted, wanted
-    activations = "bf16" if model.compute_dtype == "fp32" else model.compute_dtype
-    return wanted, activations, activations if wanted in WEIGHT_ONLY else wanted
-
-
-def _rate(
-    hardware: Hardware, wanted: str, activations: str, model: Model, weights: str | None, notes: list[str]
-) -> tuple[str, float]:
-    """(dtype whose rate is taken: `wanted` or the nearest there is, how much faster the true kernels might be)."""
-    wanted = RATE.get(wanted, wanted)
-    chain = (wanted, activations, "bf16", "fp16", "fp32", "tf32")
-    used = next((d for d in chain if d in hardware.flops), None)
-    if used is None:
-        raise RidgelineError(
-            f"hardware {hardware.name} has no rate for {wanted} nor for a wider dtype: name another row"
-        )
-    stored = weights or model.dtype
-    if used == wanted:
-        return used, 1.0
-    notes.append(f"{stored} weights are computed at the {used} rate: {hardware.name} states none for {wanted}")
-    if used != "fp32":
-        return used, 1.0
-    # A CPU whose row has fp32 only: its vector registers hold twice as many 16-bit numbers and four times as many of
-    # the 8-bit integers that llama.cpp multiplies quantized weights in.
-    return used, 2.0 if stored in WHOLE else 4.0
 
 
 def _unshared(model: Model, tp: int) -> str:
@@ -386,14 +348,11 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
     slower, slower_head = _narrow(s, tokens), _narrow(s, heads)
     layers, unpacking = _widened(s, parts["attention"] + parts["ffn"] + parts["router"] + parts["norms"], tokens)
     rows, head_rows = np.maximum(tokens, s.gemm.tile), np.maximum(heads, s.head.tile)
-    jobs: list[tuple[kernels.Law, Array | float, Array, float]] = [
-        (s.gemm, layers, dense * rows * slower, s.flops),
-        (
-            s.head,
-            model.vocab * model.hidden * _head_bytes(s),
-            model.head_flops_per_token * head_rows * slower_head,
-            s.head_flops,
-        ),
+    head = model.vocab * model.hidden * _head_bytes(s)
+    # The law, the bytes of the matrices, the operations, their peak, and the rows that each matrix is multiplied with.
+    jobs: list[tuple[kernels.Law, Array | float, Array, float, Array]] = [
+        (s.gemm, layers, dense * rows * slower, s.flops, tokens),
+        (s.head, head, model.head_flops_per_token * head_rows * slower_head, s.head_flops, heads),
     ]
     if routed:
         # All replicas' tokens meet the experts, which are spread over all of them.
@@ -402,14 +361,20 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
         experts, more = _widened(s, parts["experts"] * read / s.dp * (s.framework.experts_read or grouping), tokens)
         unpacking, fw = unpacking + more, s.framework
         own = fw.compute ** (fw.experts_lose - 1.0)  # by the engine's own kernels, not the library's
-        jobs.append((s.gemm, experts, routed * tokens * slower * grouping * own, s.flops))
+        share = routed / 2 / sum(g.count * g.experts * g.expert_matmul for g in model.groups)
+        jobs.append((s.gemm, experts, routed * tokens * slower * grouping * own, s.flops, tokens * share / read))
     zero = np.zeros_like(tokens, dtype=np.float64)
     terms: Terms = {"weights": zero + unpacking, "matmul": zero, "ridge": zero}
     hidden: Terms = {"weights": zero, "matmul": zero}
-    for law, size, flops, peak in jobs:
+    for law, size, flops, peak, met in jobs:
         reads = size / rate / law.bandwidth * s.factors.bandwidth * s.framework.gemm + zero
         works = flops / (peak * s.tp) / law.compute * s.factors.compute * s.framework.compute
-        both, larger = kernels.smooth_max(reads, works, law.sharpness), np.maximum(reads, works)
+        larger = np.maximum(reads, works)
+        if law.products:
+            more = size * law.products.excess_s_per_byte(met) / s.tp * s.framework.compute
+            both = larger + more * s.factors.compute * s.factors.narrow
+        else:
+            both = kernels.smooth_max(reads, works, law.sharpness)
         reading = reads >= works
         terms["weights"] = terms["weights"] + np.where(reading, reads, 0.0)
         terms["matmul"] = terms["matmul"] + np.where(reading, 0.0, works)
@@ -438,8 +403,8 @@ def _widened(s: Setup, size: Array | float, tokens: Array) -> tuple[Array | floa
 
 
 def _narrow(s: Setup, tokens: Array) -> Array | float:
-    """How much longer a CPU's matrix work on few tokens takes than its share of that on many."""
-    if not s.hardware.cpu:
+    """How much longer a CPU's matrix work on few tokens takes than its share of that on many, where it was not measured."""
+    if not s.hardware.cpu or s.gemm.products:
         return 1.0
     return 1.0 + (s.factors.narrow - 1.0) / (1.0 + ((tokens - 1.0) / NARROW_TOKENS) ** 2)
 
@@ -464,6 +429,8 @@ def _overheads(s: Setup, terms: Terms, tokens: Array, attention_latency_s: float
     # The tables' narrow products quantize the activations in a kernel of its own, which engines fuse with the norm before:
     # the latency is that of 16 bit.
     graph = gemms * min(s.gemm.latency_s, s.head.latency_s) + attention_latency_s + small * SMALL_KERNEL_S
+    if s.gemm.products:
+        graph = s.gemm.products.call_s * fw.calls * (gemms + small + model.layers)
     graph += sum(g.count for g in model.groups if g.experts) * fw.expert_layer_s
     terms["launch"] = s.factors.overhead * graph * np.ones_like(tokens)
     if eager:  # without graphs the host launches each kernel, which counts where it takes longer than the work
