@@ -99,7 +99,8 @@ def static(
         busy = busy + np.where(rest > 0, last, 0.0)
     ttft, itl = dict(own), dict(step.terms)
     steps = np.maximum(output - 1, 0)
-    if progressive:
+    if progressive:  # over a connection, as a server is asked
+        ttft["host"], busy = ttft["host"] + s.request_s, busy + s.request_s
         itl["prefills of others"] = early / np.maximum(steps, 1)
     if np.any(waiting > 0):
         ttft["waiting for memory"] = waiting
@@ -177,7 +178,8 @@ def closed(
     waiting = np.maximum(clients / np.maximum(running * _doubt(s), 1.0) - 1, 0.0) * cycle * (1 - 0.5 / waves)
     if np.any(waiting > 0):
         ttft["waiting for memory"] = waiting
-    return _loaded(s, ttft, itl, prefill, step, clients, cycle * clients / running, running, largest, tokens, output)
+    return _loaded(s, ttft, itl, prefill, step, clients, cycle * clients / running, running, largest, tokens, output,
+                   cached_share)  # fmt: skip
 
 
 def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share: float = 0.0) -> Timing:
@@ -194,8 +196,10 @@ def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share:
     saturated = (found > slots * (1 + 1e-3)) | (load >= 1)
     wait = np.where(saturated, np.inf, load * prefill.total / (2 * np.maximum(1 - load, 1e-9))) * s.factors.queue
     ttft = {**prefill.terms, **_beside(s, step, 1 - np.exp(-running)), "waiting for prefills": wait}
+    ttft["host"] = ttft["host"] + s.request_s
     seconds = np.where(saturated, running / np.maximum(found, 1e-300), 1.0) ** -1
-    return _loaded(s, ttft, itl, prefill, step, np.full_like(tokens, rate), seconds, running, largest, tokens, output)
+    return _loaded(s, ttft, itl, prefill, step, np.full_like(tokens, rate), seconds, running, largest, tokens, output,
+                   cached_share)  # fmt: skip
 
 
 def _slots(s: Setup, tokens: Array, output: Array, cached_share: float) -> tuple[Array, Array]:
@@ -258,12 +262,13 @@ def _served(
 
 def _loaded(
     s: Setup, ttft: Terms, itl: Terms, prefill: Pass, step: Pass, requests: Array, seconds: Array, running: Array,
-    largest: Array, tokens: Array, output: Array,
+    largest: Array, tokens: Array, output: Array, cached_share: float,
 ) -> Timing:  # fmt: skip
     one = np.ones_like(running)
     alone = decode_step(s, one, tokens + 1, tokens + np.maximum(1.0, output - 1)).bound
     # Whatever the order of passes, the weights are read once for each token of the longest, and all operations are done.
-    busy = np.maximum((output - 1) * alone, requests * prefill.bound)
+    whole = prefill_all(s, np.maximum(requests, 1.0), tokens, cached_share).bound * np.minimum(requests, 1.0)
+    busy = np.maximum((output - 1) * alone, whole)
     return Timing(ttft, itl, prefill.hidden, step.hidden, requests, seconds, running, largest, prefill.bound / s.pp,
                   alone / s.pp, busy / s.pp)  # fmt: skip
 

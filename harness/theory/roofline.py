@@ -192,7 +192,7 @@ def setup(
     if products := hardware.products.get(kind_of(weights or model.dtype)):
         # Where it was not measured, the usual share of the products' rate: vLLM 0.32 on two EPYC cores reads 16 GB/s of it, and
         # 23 of matrices.
-        attending = products.kv_s_per_byte
+        attending = products.kv_s_per_byte / kernels.IN_ENGINE
         if math.isnan(attending):
             attending = products.s_per_byte[0] / decode.bandwidth
         decode = replace(decode, bandwidth=1 / attending / hardware.bytes_per_s)
