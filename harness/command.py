@@ -20,6 +20,7 @@ from harness.progress import Progress
 from harness.records import RidgelineError, Table
 from harness.scenario import SEARCHED, Scenario, load, validate
 from harness.theory.calibration import from_dict
+from harness.theory.frameworks import of_engine
 from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict
 from harness.theory.shape import PARTS, Layers, Model
@@ -413,7 +414,8 @@ def _predicted_text(inputs: Mapping[str, Any], scenario: Scenario, batch: int) -
     try:
         found = predict(
             model, row, batch=batch, input_tokens=sizes[0], output_tokens=sizes[1], dtype=t.dtype,
-            kv_dtype=t.kv_dtype, tp=t.tp, pp=t.pp, mode=w.mode, framework=t.framework or scenario.engine.kind,
+            kv_dtype=t.kv_dtype, tp=t.tp, pp=t.pp, mode=w.mode,
+            framework=t.framework or of_engine(scenario.engine.kind, scenario.engine.args),
             calibration=from_dict(inputs["calibration"], "run.json") if inputs["calibration"] else None,
         )  # fmt: skip
     except RidgelineError as problem:

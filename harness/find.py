@@ -20,6 +20,7 @@ from harness.scenario import Scenario
 from harness.session import Session
 from harness.sweep import written
 from harness.theory.calibration import from_dict
+from harness.theory.frameworks import of_engine
 from harness.theory.hardware import from_row
 from harness.theory.predict import predict
 
@@ -97,14 +98,17 @@ class Search:
             return self.goal
         model, row = model_from(inputs["model"]), from_row(inputs["hardware"])
         calibrated = from_dict(inputs["calibration"], "run.json") if inputs["calibration"] else None
-        found = self.goal.start
+        found, args = self.goal.start, engine.get("args") or ()
+        framework = theory["framework"] or of_engine(engine.get("kind"), args)
         for load in np.geomspace(1, 1024, 21) if self.goal.whole else np.geomspace(0.125, 128, 21):
-            if not self._predicted(scenario, model, row, calibrated, float(load), engine.get("kind")):
+            if not self._predicted(scenario, model, row, calibrated, float(load), framework):
                 break
             found = math.floor(load) if self.goal.whole else float(load)
         return replace(self.goal, start=found)
 
-    def _predicted(self, scenario: Scenario, model: Any, row: Any, calibrated: Any, load: float, kind: Any) -> bool:
+    def _predicted(
+        self, scenario: Scenario, model: Any, row: Any, calibrated: Any, load: float, framework: Any
+    ) -> bool:
         """Whether the mean that theory predicts meets each objective."""
         from harness.lengths import typical
 
@@ -117,7 +121,7 @@ class Search:
             said = predict(model, row, batch=1 if open_loop else math.floor(load), input_tokens=round(sizes[0] or 0),
                            output_tokens=round(sizes[1] or 0), dtype=theory.dtype, kv_dtype=theory.kv_dtype, tp=theory.tp,
                            pp=theory.pp, mode=self.goal.mode, rate=load if open_loop else None,
-                           framework=theory.framework or kind, calibration=calibrated)  # fmt: skip
+                           framework=framework, calibration=calibrated)  # fmt: skip
         except RidgelineError:
             return False
         means = {"ttft": said.ttft_s.value, "ttft_scheduled": said.ttft_s.value, "itl": said.itl_s.value, "tpot": said.itl_s.value,

@@ -16,6 +16,7 @@ from harness.records import NAN, Finding, RidgelineError, Table, joined
 from harness.tally import Blocks, Tally, count
 from harness.theory import levers, seeds
 from harness.theory.calibration import from_dict
+from harness.theory.frameworks import of_engine
 from harness.theory.hardware import Hardware
 from harness.theory.predict import plane, predict
 from harness.theory.shape import Model
@@ -152,13 +153,13 @@ def _batch_ran(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _asked(run: Mapping[str, Any], theory: Mapping[str, Any]) -> dict[str, Any]:
     """What a prediction takes beside model, hardware and point.  Runs of older formats have no calibration."""
-    stored = (run.get("theory") or {}).get("calibration")
+    stored, engine = (run.get("theory") or {}).get("calibration"), run.get("engine") or {}
     return {
         "dtype": theory["dtype"],
         "kv_dtype": theory["kv_dtype"],
         "tp": theory["tp"],
         "pp": theory.get("pp", 1),
-        "framework": theory.get("framework") or (run.get("engine") or {}).get("kind"),
+        "framework": theory.get("framework") or of_engine(engine.get("kind"), engine.get("args") or ()),
         "calibration": from_dict(stored, "run.json") if stored else None,
     }
 

@@ -8,11 +8,11 @@ import pytest
 
 from harness.records import RidgelineError
 from harness.theory import catalogue
-from harness.theory.architecture import FAMILIES, MULTIMODAL
+from harness.theory.architecture import FAMILIES, MULTIMODAL, from_config
 
 ENTRIES = catalogue.entries()
 # Families of which no exact published count was found for the models in the catalogue.
-ROUNDED = {"aquila", "deci", "hunyuan", "baichuan", "dbrx", "nemotron"}
+ROUNDED = {"aquila", "deci", "hunyuan", "baichuan", "dbrx", "nemotron", "gemma4_text"}
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.id)
@@ -104,6 +104,8 @@ def test_active_parameters_are_those_that_the_makers_state(name, billions, activ
         ("BAAI/Aquila-7B", "BAAI/Aquila-7B"),
         ("Deci/DeciLM-7B", "Deci/DeciLM-7B"),
         ("gemma-3-27b-it", "google/gemma-3-27b-pt"),
+        ("google/gemma-4-31B-it", "google/gemma-4-31B"),
+        ("deepseek-r1:32b", "Qwen/Qwen2.5-32B"),
         ("Yi-1.5-34B-Chat", "01-ai/Yi-34B"),
         ("LLaMA v2 7B", "meta-llama/Llama-2-7b-hf"),
         ("gptj", "EleutherAI/gpt-j-6b"),
@@ -154,3 +156,16 @@ def test_a_vision_tower_is_kept_in_memory_and_never_read():
     model = catalogue.find("gemma-3-27b-it")
     assert model.params_by_part["other"] == model.params - model.active_params > 4e8
     assert model.weight_bytes() - model.read_bytes() == 2 * model.params_by_part["other"]
+
+
+def test_layers_without_a_window_have_heads_of_their_own():
+    """Gemma 4, by its model card: 30.7 B; 25.2 B of which 3.8 B work on a token."""
+    dense, routed = catalogue.find("gemma-4-31b-it"), catalogue.find("gemma-4-26b-a4b-it")
+    assert dense.params == pytest.approx(30.7e9, rel=0.002) and routed.params == pytest.approx(25.2e9, rel=0.002)
+    assert routed.active_params == pytest.approx(3.8e9, rel=0.01)
+    sliding, full = dense.groups
+    assert (sliding.count, sliding.kv_heads, sliding.head_dim) == (50, 16, 256)
+    assert (full.count, full.kv_heads, full.head_dim, full.window) == (10, 4, 512, 0)
+    small = catalogue.config_of("gemma-4-31b") | {"hidden_size_per_layer_input": 256}
+    with pytest.raises(RidgelineError, match="hidden_size_per_layer_input"):
+        from_config(small, "E2B")

@@ -121,6 +121,14 @@ def test_a_release_tells_what_a_framework_does():
 
 def test_what_a_framework_runs_on_is_not_taken_for_it():
     named = {name: frameworks.named(name) for name in ("transformers GPTQ exllamav2", "ctransformers", "NIM 1.8.0 (TensorRT-LLM)",
-             "TGI AWQ", "Triton+FasterTransformer", "torchao/gpt-fast", "unheard of", "HF transformers")}  # fmt: skip
+             "TGI AWQ", "Triton+FasterTransformer", "torchao/gpt-fast", "unheard of", "HF transformers", "llamafile", "sarathi-serve", "DeepSpeed-FastGen")}  # fmt: skip
     assert list(named.values()) == ["transformers", "llama.cpp", "tensorrt-llm", "vllm", "fastertransformer", "gpt-fast",
-                                    "generic", "transformers"]  # fmt: skip
+                                    "generic", "transformers", "llama.cpp", "vllm", "deepspeed"]  # fmt: skip
+
+
+def test_an_engines_arguments_are_part_of_its_name():
+    command = ["/opt/eager/python", "-m", "vllm.entrypoints.openai.api_server", "--model", "x", "--enforce-eager"]
+    assert frameworks.of_engine("vllm", command) == "vllm --enforce-eager"
+    assert frameworks.of_engine("vllm", command[:-1]) == "vllm" and frameworks.of_engine(None, command) is None
+    cores = hardware.find("EPYC-9654")
+    assert frameworks.find("vllm --enforce-eager", cores) == frameworks.find("vllm", cores), "which launches nothing"

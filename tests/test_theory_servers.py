@@ -202,3 +202,53 @@ def test_the_first_prompt_of_a_wave_is_prefilled_alone_and_the_others_after_it()
     later = timed("vllm", 4)[1] - timed("vllm", 4, progressive=False)[1]
     assert later == pytest.approx(whole[1] + whole[3] - timed("vllm", 4, progressive=False)[0])
     assert timed("llama.cpp", 2)[0] == pytest.approx(2 * timed("llama.cpp", 1)[0], rel=0.05)
+
+
+def test_kernels_launched_from_python_bind_narrow_weights_and_not_wide_ones():
+    row = {
+        "model": "Qwen/Qwen3-32B",
+        "gpu": "A100-PCIe-80GB",
+        "kind": "concurrency",
+        "batch": 4,
+        "isl": 512,
+        "osl": 256,
+    }
+    wide, narrow = (
+        [
+            predicted(**row, weight_dtype=dtype, framework=f"vLLM 0.19{how}")["pred_out_tps"]
+            for how in ("", " --enforce-eager")
+        ]
+        for dtype in ("bf16", "awq")
+    )
+    assert wide[1] > 0.9 * wide[0], "reading 65 GB takes longer than launching"
+    assert narrow[1] < 0.7 * narrow[0] and narrow[1] < 1.5 * wide[1]
+    h100 = hardware.find("H100-SXM")
+    names = ("vLLM (eager)", "SGLang disable-cuda-graph", "vllm", "vLLM eagerly")
+    assert [frameworks.find(name, h100).eager_decode for name in names] == [True, True, False, False]
+
+
+def test_gpt_oss_runs_its_experts_in_two_products():
+    """gpt-oss-120b on one and two H100s, vLLM 0.10.2, 4 in flight, 229 and 217 tokens (gpustack): 8.31 and 5.75 ms."""
+    row = {"model": "openai/gpt-oss-120b", "gpu": "H100-SXM", "kind": "concurrency", "batch": 4, "isl": 229, "osl": 217}
+    for gpus, ms in ((1, 8.31), (2, 5.75)):
+        found = predicted(**row, n_gpus=gpus, weight_dtype="mxfp4", framework="vLLM 0.10.2")["pred_tpot_ms"]
+        assert found == pytest.approx(ms, rel=0.12)
+
+
+def test_eight_bit_of_llama_cpp_are_of_the_weights_alone():
+    row = {"model": "meta-llama/Llama-2-7b-hf", "gpu": "RTX-4090", "batch": 1, "isl": 512, "osl": 128, "ttft_ms": 1.0}
+    q8, int8 = (predicted(**row, weight_dtype=d, framework="llama.cpp")["pred_ttft_ms"] for d in ("q8_0", "int8"))
+    assert int8 == pytest.approx(q8, rel=0.01)
+    multiplied = predicted(**row, weight_dtype="int8", framework="TensorRT-LLM 0.9")["pred_ttft_ms"]
+    assert multiplied < 0.6 * int8, "where int8 is multiplied as such"
+
+
+def test_exllamav2_reads_on_a_desktop_and_launches_on_a_server():
+    """Mistral-7B and Llama-2-7B in 4 bit on an A100's server (premAI-io/benchmarks, MIT): 7.92 and 6.26 ms."""
+    row = {"model": "meta-llama/Llama-2-7b-hf", "weight_dtype": "int4", "batch": 1, "isl": 5, "osl": 128,
+           "framework": "exllamav2"}  # fmt: skip
+    server, desktop = (predicted(**row, gpu=gpu)["pred_tpot_ms"] for gpu in ("A100-SXM-80GB", "RTX-4090"))
+    assert server == pytest.approx((7.92 * 6.26) ** 0.5, rel=0.15)
+    assert desktop < 0.9 * server, "though its memory is half as fast"
+    names = ("TabbyAPI", "exllama", "transformers GPTQ exllamav2")
+    assert [frameworks.named(name) for name in names] == ["exllamav2", "exllama", "transformers"]

@@ -24,7 +24,7 @@ __all__ = ["FAMILIES", "Model", "from_config", "from_gguf"]
 
 # model_type of a model with a text part of its own -> the family of that part, where it says none that is covered.
 MULTIMODAL = {
-    "gemma3": "gemma3_text", "mistral3": "mistral", "llama4": "llama4_text", "kimi_k25": "kimi_k2",
+    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral3": "mistral", "llama4": "llama4_text", "kimi_k25": "kimi_k2",
     "qwen3_vl": "qwen3", "qwen3_vl_moe": "qwen3_moe",
 }  # fmt: skip
 
@@ -113,11 +113,13 @@ def _build(c: Config, s: Spec, other: int, notes: tuple[str, ...]) -> Model:
 
 def _layer(s: Spec, i: int, norm: int) -> Layers:
     kv_heads = s.layer_kv_heads[i] if s.layer_kv_heads else s.kv_heads
+    s = replace(s, head_dim=s.layer_head_dims[i]) if s.layer_head_dims else s
+    made = 1 if s.keys_as_values and s.keys_as_values[i] else 2
     keeps = s.keeps_kv[i] if s.keeps_kv else True
     experts = s.experts if s.experts and (s.routed[i] if s.routed else True) else None
     ffn = (3 if s.gated else 2) * s.hidden * s.ffn
     ffn_bias = ((2 if s.gated else 1) * s.ffn + s.hidden) * s.ffn_bias
-    attention, biases = _mla(s, s.latent) if s.latent else _attention(s, kv_heads, keeps)
+    attention, biases = _mla(s, s.latent) if s.latent else _attention(s, kv_heads, made * keeps)
     layer = Layers(
         count=1,
         attention=attention + biases + s.attention_extra,
@@ -137,10 +139,10 @@ def _layer(s: Spec, i: int, norm: int) -> Layers:
     return _routed(layer, s, experts) if experts else layer
 
 
-def _attention(s: Spec, kv_heads: int, keeps: bool) -> tuple[int, int]:
-    """(entries of the matrices, biases); a layer that uses another's cache has no keys and values of its own."""
-    q, kv = s.heads * s.head_dim, kv_heads * s.head_dim * keeps
-    return s.hidden * (q + 2 * kv) + q * s.hidden, (q + 2 * kv) * s.qkv_bias + s.hidden * s.out_bias
+def _attention(s: Spec, kv_heads: int, made: int) -> tuple[int, int]:
+    """(entries of the matrices, biases); keys and values are `made` by so many: a layer that uses another's cache has none."""
+    q, kv = s.heads * s.head_dim, kv_heads * s.head_dim * made
+    return s.hidden * (q + kv) + q * s.hidden, (q + kv) * s.qkv_bias + s.hidden * s.out_bias
 
 
 def _mla(s: Spec, m: Latent) -> tuple[int, int]:

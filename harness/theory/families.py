@@ -65,6 +65,8 @@ class Spec:
     routed: tuple[bool, ...] = ()  # which layers have experts
     latent: Latent | None = None
     layer_kv_heads: tuple[int, ...] = ()
+    layer_head_dims: tuple[int, ...] = ()
+    keys_as_values: tuple[bool, ...] = ()  # True: one matrix makes both, which are kept apart in the cache
     keeps_kv: tuple[bool, ...] = ()  # False: attends to the cache of an earlier layer
 
 

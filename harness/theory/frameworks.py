@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -42,7 +43,8 @@ class Framework:
     once is taken at once; others take the first prompt that comes and prefill it alone, while the rest of its batch is still
     being read.  `attention_rows`: that decode attention computes for each KV head, however few of its query heads there are.
     `calls`: of nothing but a small product, that a kernel costs a CPU beside its work.
-    `experts_lose`: the power of `gemm` and `compute` that the experts' products take; `untuned`:
+    `experts_lose`: the power of `gemm` and `compute` that the experts' products take; `experts_read`: `experts` for reading their weights,
+    where that differs (0: it does not); `untuned`:
     by kernels not yet made for the model (TUNED_LATENT).
     """
 
@@ -81,6 +83,7 @@ class Framework:
     gathers: bool = False
     attention_rows: float = 1.0
     experts_lose: float = 1.0
+    experts_read: float = 0.0
     untuned: bool = False
     calls: float = 1.0
 
@@ -93,6 +96,9 @@ SPELLINGS = {
     "ctranslate": "ctranslate",
     "ctransformers": "llama.cpp",
     "transformers": "transformers",  # with whatever kernels (transformers GPTQ exllamav2)
+    "exllamav2": "exllamav2",
+    "exllamav3": "exllamav2",
+    "tabbyapi": "exllamav2",  # the server of both
     "exllama": "exllama",
     "llama.cpp": "llama.cpp",
     "llamacpp": "llama.cpp",
@@ -102,6 +108,7 @@ SPELLINGS = {
     "ollama": "llama.cpp",
     "lm studio": "llama.cpp",
     "koboldcpp": "llama.cpp",
+    "llamafile": "llama.cpp",
     "optimum nvidia": "optimum-nvidia",
     "optimum-nvidia": "optimum-nvidia",
     "fastertransformer": "fastertransformer",
@@ -118,10 +125,14 @@ SPELLINGS = {
     "turbomind": "lmdeploy",
     "lightllm": "vllm",
     "text-generation-inference": "vllm",
+    "text generation inference": "vllm",
+    "sarathi": "vllm",  # a fork of it
+    "llm-d": "vllm",
     "tgi": "vllm",
     "aphrodite": "vllm",
     "lorax": "vllm",
     "deepspeed": "deepspeed",
+    "fastgen": "deepspeed",
     "gpt-fast": "gpt-fast",
     "gptfast": "gpt-fast",
     "torchao": "gpt-fast",
@@ -177,9 +188,10 @@ def named(name: str | None) -> str:
 
 # Since these releases (early 2025) their loops overlap the host with the accelerator by default: vLLM's V1 engine, SGLang's
 # overlapped scheduler, TensorRT-LLM's PyTorch backend.  Static batches with them have the host's cost of served ones.
-# A launch takes a desktop's CPU, beside which these cards sit, less time than a server's, and a T4's old servers more: half way
-# (in the logarithm) to bitsandbytes' benchmarks on one machine each (0.43 and 1.5 times an H100's).
-HOST = {"RTX-40": 0.65, "RTX-50": 0.65, "T4": 1.22}
+# A launch takes a desktop's CPU, beside which these cards sit, less time than a server's: 0.43 by bitsandbytes' benchmarks, and
+# no more by lmdeploy's of llm-awq and the READMEs of AutoAWQ and exllamav2.  A T4's old servers take more: half way (in the
+# logarithm) to bitsandbytes' on one machine (1.5 times an H100's).
+HOST = {"RTX-30": 0.43, "RTX-40": 0.43, "RTX-50": 0.43, "T4": 1.22}
 # Before these releases, in the first weeks of DeepSeek-V3, engines ran latent attention and blockwise fp8 by many general
 # kernels.  What that adds to a step lies between 12 and 43 ms on five servers of dstackai/benchmarks' DeepSeek-R1.
 TUNED_LATENT = {"vllm": (0, 8), "sglang": (0, 4, 4), "tensorrt-llm": (0, 18)}
@@ -193,6 +205,16 @@ HOPPER = ("H100", "H200", "H20", "H800", "GH200")
 # These compute experts with a Triton kernel of their own, whose losses on a platform lie between none and the library's
 # (rocBLAS on MI300X in 2024: 8.8 times the time): half way in the logarithm.
 FUSED_EXPERTS = ("vllm", "sglang")
+# gpt-oss' experts run as two products which gather, add the bias, activate and scatter by themselves (triton_kernels'
+# matmul_ogs, as vLLM's gpt_oss_triton_kernels_moe.py and SGLang call it, both Apache-2.0): less is lost and launched.
+# Between gpustack's, anyscale's and InferenceX's closed loops on H100s.
+GPT_OSS_READ, GPT_OSS_LAYER_S = 1.5, 10e-6
+# Engines that can be told to launch each kernel from Python (--enforce-eager, --disable-cuda-graph), and what a launch takes
+# there on an A100's server: 47 and 57 us by Qwen3-14B (vllm issue 20469) and 32B in 4 bit, whose kernels are shorter.
+EAGER = re.compile(r"(?<![a-z])eager(?![a-z])|(disable|without|no)[ _-](cuda[ _-]?)?graphs?(?![a-z])")
+EAGER_ENGINES, EAGER_LAUNCH_S = ("vllm", "sglang"), 50e-6
+# Whose 8 bit are of the weights alone, and under which name: they have no kernels that multiply by per-channel int8 alone.
+EIGHT_BIT = {"llama.cpp": "q8_0", "exllama": "w8a16", "exllamav2": "w8a16"}
 # vLLM runs its layers from Python, which on a CPU nothing hides: (calls, sequence_s).  From one machine: vLLM 0.32 with
 # --enforce-eager on two EPYC cores, 134 M and 518 M parameters: 1.0 ms a layer, where a small product takes 14 us, and 1.2 ms
 # for each sequence, whose tokens are sent on by the same cores.
@@ -238,6 +260,10 @@ def find(
     if named(name) == "vllm":
         large, new = _large(hardware), (release(name) or OVERLAPPED["vllm"]) >= OVERLAPPED["vllm"]
         row = replace(row, sequences=1024.0 if large and new else 256.0, chunk=row.chunk if large or not new else 2048)
+    if named(name) in EAGER_ENGINES and not hardware.cpu and EAGER.search((name or "").casefold()):
+        row = replace(row, eager_prefill=True, eager_decode=True, launch_s=EAGER_LAUNCH_S)
+    if family == "gpt_oss" and named(name) in FUSED_EXPERTS:
+        row = replace(row, experts_read=min(row.experts, GPT_OSS_READ), expert_layer_s=GPT_OSS_LAYER_S)
     hosted = next((v for prefix, v in HOST.items() if hardware.name.startswith(prefix)), 1.0)
     row = replace(row, launch_s=row.launch_s * hosted, gathers=named(name) == "llama.cpp")
     row = replace(row, experts_lose=0.5 if named(name) in FUSED_EXPERTS else 1.0)
@@ -254,6 +280,17 @@ def find(
             row, cache_copies=2.0, score_bytes=0.0 if "flash" in (name or "").casefold() else EAGER_SCORE_BYTES
         )
     return row
+
+
+def of_engine(kind: str | None, arguments: Iterable[object] = ()) -> str | None:
+    """The name of an engine as its command makes it: "vllm --enforce-eager"."""
+    told = [a for a in map(str, arguments) if a.startswith("--") and EAGER.search(a.casefold())]
+    return " ".join([kind, *told]) if kind else None
+
+
+def stored(dtype: str | None, name: str) -> str | None:
+    """The dtype of the weights as a framework means it: llama.cpp's int8 is Q8_0."""
+    return EIGHT_BIT.get(named(name), dtype) if dtype and dtypes.stated(dtype) == "int8" else dtype
 
 
 def _large(hardware: Hardware) -> bool:

@@ -29,7 +29,7 @@ HELD_BYTES = 1.6e9
 # then (fuse_layers; its benchmark never resets the peak).  These families have them in one already.
 JOINED_ON_LOADING, JOINED = ("autoawq",), ("mpt", "falcon", "bloom", "gpt_neox", "phi3", "chatglm")
 # Whose cache is made for the longest context that the model is for (ExLlamaV2Cache's max_seq_len).
-WHOLE_CONTEXT = ("exllama",)
+WHOLE_CONTEXT = ("exllama", "exllamav2")
 # FasterTransformer's context, MPI and NCCL included, from its GPT 1.3B on an A100; its 6.7B, not fitted, has the same.
 CONTEXTS = {"fastertransformer": 2.9e9}
 # Buffers of 16 bit that are there for every prompt token of the batch from first to last, in widths of the residual stream.

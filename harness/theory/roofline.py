@@ -27,7 +27,7 @@ import numpy.typing as npt
 from harness.records import RidgelineError
 from harness.theory import kernels, precision, ring, switches
 from harness.theory.dtypes import BITS, GGUF_BITS, WHOLE, dtype_named, kind_of
-from harness.theory.frameworks import Framework
+from harness.theory.frameworks import Framework, stored
 from harness.theory.hardware import Hardware
 from harness.theory.shape import Model
 
@@ -178,7 +178,7 @@ def setup(
     notes = [*hardware.caveats, *model.notes]
     if framework.layered:
         tp, pp = 1, tp * pp
-    weights, activations, matmul = precision.settled(model, dtype, notes)
+    weights, activations, matmul = precision.settled(model, stored(dtype, framework.name), notes)
     used, gain = precision.rate(hardware, matmul, activations, model, weights, notes)
     wide, _ = precision.rate(hardware, activations, activations, model, weights, [])
     _check_split(model, hardware, tp, pp, ep, dp, cp)
@@ -359,7 +359,9 @@ def _matrices(s: Setup, tokens: Array, heads: Array) -> Pass:
         grouping = _grouping(s)
         share = routed / 2 / sum(g.count * g.experts * g.expert_matmul for g in model.groups)
         each = tokens * s.dp * share / read  # rows of an expert's own product
-        experts, more = switches.widened(s, parts["experts"] * read / s.dp * grouping, each)
+        experts, more = switches.widened(
+            s, parts["experts"] * read / s.dp * (s.framework.experts_read or grouping), each
+        )
         unpacking, fw = unpacking + more, s.framework
         moved, worked = (x ** (fw.experts_lose - 1.0) for x in (fw.gemm, fw.compute))  # by the engine's own kernels
         jobs.append((s.gemm, experts * moved, routed * tokens * slower * grouping * worked, s.flops, each))
