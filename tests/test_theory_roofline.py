@@ -236,15 +236,18 @@ def test_a_value_is_rebuilt_from_its_sentence(model, gpu, tp, mode, batch, token
 
 
 @example(LLAMA, H100, "closed", "", 47, 1, 1)  # all prompts in one pass
+@example(BIG, H100, "open", "vllm", 100, 350, 150)  # requests overlap
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from([LLAMA, BIG, MIXTRAL, DEEPSEEK]), st.sampled_from([H100, H200, hardware.find("MI300X")]),
-    st.sampled_from(["wave", "closed", "static"]), st.sampled_from(["", "vllm", "tensorrt-llm", "llama.cpp", "transformers"]),
+    st.sampled_from(["wave", "closed", "static", "open"]),
+    st.sampled_from(["", "vllm", "tensorrt-llm", "llama.cpp", "transformers"]),
     st.integers(1, 500), st.integers(1, 8000), st.integers(1, 2000),
 )  # fmt: skip
 def test_terms_add_up_and_nothing_beats_its_bound(model, gpu, mode, framework, batch, tokens, output):
+    rate = batch / 10 if mode == "open" else None
     found = sweep(
-        model, gpu, batch=batch, input_tokens=tokens, output_tokens=output, tp=8, mode=mode, framework=framework
+        model, gpu, batch=batch, input_tokens=tokens, output_tokens=output, tp=8, mode=mode, framework=framework, rate=rate
     )
     if not found.fits[0]:
         return
