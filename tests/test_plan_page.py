@@ -29,7 +29,7 @@ Call = Callable[..., Any]
 
 def plan_of(model=MODEL, names=("T4", "A10", "L4", "A100-SXM-80GB", "H100-SXM"), rows=None, **given) -> planning.Plan:
     rows = rows or [hardware.find(name) for name in names]
-    slo = command_plan.objectives_of("ttft_p95=500ms,itl_p95=50ms")
+    slo = command_plan.objectives_of("ttft_p95=800ms,itl_p95=50ms")
     return planning.plan(model, rows, planning.Load(350, 150), slo, framework="vllm", **given)
 
 

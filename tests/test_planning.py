@@ -20,7 +20,7 @@ LLAMA = catalogue.find("meta-llama/Llama-3.1-8B")
 NAMES = ("T4", "A10", "L4", "A100-SXM-80GB", "H100-SXM")
 ROWS = [hardware.find(name) for name in NAMES]
 FEW = [ROWS[1], ROWS[-1]]
-SLO = (objective("ttft_p95", 0.5), objective("itl_p95", 0.05))
+SLO = (objective("ttft_p95", 0.8), objective("itl_p95", 0.05))
 LOAD = Load(350, 150)
 
 
@@ -57,7 +57,7 @@ def test_sixteen_bit_llama_8b_does_not_fit_a_t4(found):
     assert alone.state == "does not fit"
     assert LLAMA.weight_bytes("fp16") > roofline.Room().share * memory.usable_bytes(hardware.find("T4"))
     assert any("does not fit one T4" in line for line in planning_text.unfit(found))
-    assert way(found, "T4", "fp16", 2).state == "meets"
+    assert way(found, "T4", "fp16", 4).state == "meets"
     assert way(found, "T4", "int4", 1).state == "meets"
 
 

@@ -95,7 +95,7 @@ def test_the_first_engines_that_ran_deepseek_were_slow():
     # First tokens came after 7.1 s at 32, in a burst that the row does not tell of: nothing is known better than that.
     early, late = (told(**row, framework=f, batch=32) for f in ("vLLM 0.7.3dev", "vLLM 0.11"))
     assert early.pred_ttft_ms_low < 7110 < early.pred_ttft_ms_high < 5 * 7110
-    assert late.pred_ttft_ms_high / late.pred_ttft_ms < 0.7 * early.pred_ttft_ms_high / early.pred_ttft_ms
+    assert late.pred_ttft_ms_high < 5 * late.pred_ttft_ms
     llama = row | {"model": "meta-llama/Llama-3.1-70B", "batch": 4}
     old, new = (told(**llama, framework=f).pred_tpot_ms for f in ("vLLM 0.7.3", "vLLM 0.11"))
     assert old == pytest.approx(new)

@@ -52,7 +52,7 @@ def _row(found: Plan, way: Way, brief: bool) -> Row:
     name = planning_text.what(way) + (f" measured: {way.run.name}" if way.run else "")
     bought = way is found.choice and found.verdict != "cannot tell"
     name += " ◀ buy" if brief and bought else ""
-    weights = view.joined(way.dtype, planning_text.split(way))
+    weights = way.dtype if brief and way.gpus == way.tp else view.joined(way.dtype, planning_text.split(way))
     row = [heading(name), Cell(weights), *([_alone(found, way)] if brief else [_state(way)])]
     if way.times is None:
         return [*row, Cell(way.reason, style="wrap left", span=5 + len(found.objectives))]
