@@ -127,6 +127,11 @@ def from_row(row: Mapping[str, Any]) -> Hardware:
     group = row.get("link_group") or 0
     if not isinstance(group, int) or group < 0:
         raise RidgelineError(f"hardware row {name}: field 'link_group' must be a whole number, got {group!r}")
+    products = row.get("products") or {}
+    if not isinstance(products, Mapping):
+        raise RidgelineError(
+            f"hardware row {name}: field 'products' must map a dtype to what was measured, got {products!r}"
+        )
     return Hardware(
         name=name.strip(),
         vendor=str(row.get("vendor") or ""),
@@ -142,7 +147,7 @@ def from_row(row: Mapping[str, Any]) -> Hardware:
         measured=bool(row.get("measured", True)),
         price_source=str(row.get("price_source") or ""),
         link_group=group,
-        products={dtype: _products(name, dtype, one) for dtype, one in (row.get("products") or {}).items()},
+        products={dtype: _products(name, dtype, one) for dtype, one in products.items()},
     )
 
 
