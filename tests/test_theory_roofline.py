@@ -68,6 +68,15 @@ def test_products_that_were_measured_take_what_was_measured():
     )
 
 
+def test_a_kernel_for_one_row_may_be_slower_than_that_for_two():
+    row = replace(
+        measured().hardware, products={"bf16": hardware.Products((1.0, 2.0, 512.0), (2e-10, 1e-10, 2e-8), 2.0)}
+    )
+    took = roofline.decode_step(setup(gpu=row), np.array([1.0, 2.0]), np.ones(2), np.ones(2)).terms
+    matrices = sum(took[name] for name in ("weights", "matmul", "ridge")) / LLAMA.read_bytes()
+    assert matrices * kernels.IN_ENGINE == pytest.approx([2e-10, 1e-10], rel=1e-3)
+
+
 @pytest.mark.parametrize("mode", ["wave", "closed", "static"])
 def test_products_that_seem_faster_than_the_row_beat_no_bound(mode):
     """As of few matrices in a cache, or of matrix units for integers that a row measured in fp32 does not know."""

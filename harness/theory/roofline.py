@@ -191,7 +191,7 @@ def setup(
         # 23 of matrices.
         attending = products.kv_s_per_byte / kernels.IN_ENGINE
         if math.isnan(attending):
-            attending = products.s_per_byte[0] / decode.bandwidth
+            attending = products.read_s_per_byte / decode.bandwidth
         decode = replace(decode, bandwidth=min(1.0, 1 / attending / hardware.bytes_per_s))
         gemm, head = (kernels.of_products(hardware, products, hardware.flops[d]) for d in (used, wide))
         fastest = max(gemm.compute, head.compute) / kernels.IN_ENGINE
