@@ -266,11 +266,13 @@ def test_a_value_is_rebuilt_from_its_sentence(model, gpu, tp, mode, batch, token
 
 @example(LLAMA, H100, "closed", "", 47, 1, 1)  # all prompts in one pass
 @example(BIG, H100, "open", "vllm", 100, 350, 150)  # requests overlap
+@example(BIG, H100, "closed", "sglang", 7, 2000, 1)  # nothing but prefills
+@example(BIG, H100, "open", "vllm", 500, 8000, 1)
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from([LLAMA, BIG, MIXTRAL, DEEPSEEK]), st.sampled_from([H100, H200, hardware.find("MI300X")]),
     st.sampled_from(["wave", "closed", "static", "open"]),
-    st.sampled_from(["", "vllm", "tensorrt-llm", "llama.cpp", "transformers"]),
+    st.sampled_from(["", "vllm", "sglang", "tensorrt-llm", "llama.cpp", "transformers"]),
     st.integers(1, 500), st.integers(1, 8000), st.integers(1, 2000),
 )  # fmt: skip
 def test_terms_add_up_and_nothing_beats_its_bound(model, gpu, mode, framework, batch, tokens, output):

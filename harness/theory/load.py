@@ -272,6 +272,9 @@ def _loaded(
     busy = prefill_all(s, together, tokens, cached_share).bound * requests / together
     if looped:
         busy = np.maximum(busy, (output - 1) * alone)
+    seconds = np.maximum(
+        seconds, busy / s.pp
+    )  # answers of a token or two leave no steps that others' prefills would stretch
     return Timing(ttft, itl, prefill.hidden, step.hidden, requests, seconds, running, largest, prefill.bound / s.pp,
                   alone / s.pp, busy / s.pp)  # fmt: skip
 
