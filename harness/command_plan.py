@@ -17,6 +17,7 @@ from harness import prices as price_lists
 from harness.planning import Advice, Objective, Plan, Point, Run, Span, Way
 from harness.records import NAN, RidgelineError
 from harness.report import view
+from harness.theory import frameworks
 from harness.theory.dtypes import dtype_named
 from harness.theory.hardware import Hardware, find, from_row
 from harness.theory.shape import Model
@@ -100,6 +101,7 @@ def found_of(asked: Asked) -> Plan:
     objectives = objectives_of(asked.slo)
     if asked.rate is not None and not (math.isfinite(asked.rate) and asked.rate > 0):
         raise RidgelineError(f"--rate: got {asked.rate:g}, expected requests per second, more than 0")
+    frameworks.stated(asked.framework)
     model = models.load(asked.model)
     model = replace(model, name=view.shorten(model.name, 80))
     rows = [_shown(row) for name in asked.hardware for row in command_theory.hardware_rows(name.strip())]

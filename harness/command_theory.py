@@ -24,7 +24,7 @@ from harness.theory import predict as sentences
 from harness.theory import training as fsdp
 from harness.theory import validate as holding
 from harness.theory.calibration import Calibration, from_dict
-from harness.theory.frameworks import of_engine
+from harness.theory.frameworks import of_engine, stated
 from harness.theory.hardware import Hardware, from_row
 from harness.theory.memory import kv_capacity, kv_space_bytes
 from harness.theory.roofline import Room
@@ -85,6 +85,7 @@ def predict(asked: Asked, as_json: bool, page: Path | None = None, words: Sequen
 
 def _sweeps(asked: Asked) -> Iterator[Part]:
     """A sweep for each hardware, dtype, tp and rate; one that cannot be says why, if others can."""
+    stated(asked.framework)
     model = models.load(asked.model)
     calibration = calibration_of(asked.calibration) if asked.calibration else None
     draft = (models.load(asked.draft[0]), *asked.draft[1:]) if asked.draft else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -25,19 +26,29 @@ from harness.arrivals import Pattern
 from harness.endings import is_secret
 from harness.places import TAGS, Places, explain
 from harness.records import RidgelineError
-from harness.theory.dtypes import stated
+from harness.theory import dtypes
 from harness.yaml_lines import dotted
 
 
-def _dtype(value: str | None) -> str | None:
-    """The name that theory computes with, for any usual spelling; None where it says nothing ("auto")."""
-    try:
-        return stated(value)
-    except RidgelineError as problem:
-        raise ValueError(str(problem)) from None
+def _named(told: Callable[[str | None], str | None]) -> AfterValidator:
+    """The name that theory computes with: of a dtype, for any usual spelling, None where it says nothing ("auto")."""
+
+    def check(value: str | None) -> str | None:
+        try:
+            return told(value)
+        except RidgelineError as problem:
+            raise ValueError(str(problem)) from None
+
+    return AfterValidator(check)
 
 
-Dtype = Annotated[str | None, AfterValidator(_dtype)]
+def _framework(value: str | None) -> str | None:
+    from harness.theory import frameworks  # with its tables, which a run alone does not need
+
+    return frameworks.stated(value)
+
+
+Dtype = Annotated[str | None, _named(dtypes.stated)]
 
 
 def _written(kind: str) -> BeforeValidator:
@@ -309,7 +320,7 @@ class Theory(Part):
     """Accelerators that share each layer."""
     pp: Annotated[int, Field(ge=1, le=1024)] = 1
     """Stages, one accelerator (or `tp` of them) each."""
-    framework: str | None = None
+    framework: Annotated[str | None, _named(_framework)] = None
     """What serves, where the engine's kind does not tell: vllm, sglang, tensorrt-llm, llama.cpp, transformers …"""
     calibration: str | None = None
     """A file that `ridgeline calibrate` wrote: predictions are those of this server, not of any."""

@@ -119,6 +119,12 @@ def test_a_release_tells_what_a_framework_does():
     assert frameworks.release("llama.cpp (May 2024)") is None
 
 
+def test_a_framework_that_is_not_known_is_refused_with_those_that_are():
+    assert [frameworks.stated(n) for n in ("vLLM 0.11", "generic", "", None)] == ["vLLM 0.11", "generic", "", None]
+    with pytest.raises(RidgelineError, match=r"framework 'vlm' is not known; use one of .*sglang.*vllm"):
+        frameworks.stated("vlm")
+
+
 def test_what_a_framework_runs_on_is_not_taken_for_it():
     named = {name: frameworks.named(name) for name in ("transformers GPTQ exllamav2", "ctransformers", "NIM 1.8.0 (TensorRT-LLM)",
              "TGI AWQ", "Triton+FasterTransformer", "torchao/gpt-fast", "unheard of", "HF transformers", "llamafile", "sarathi-serve", "DeepSpeed-FastGen")}  # fmt: skip

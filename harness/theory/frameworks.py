@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
+from harness.records import RidgelineError
 from harness.theory import dtypes
 from harness.theory.hardware import Hardware
 
@@ -280,6 +281,14 @@ def find(
             row, cache_copies=2.0, score_bytes=0.0 if "flash" in (name or "").casefold() else EAGER_SCORE_BYTES
         )
     return row
+
+
+def stated(name: str | None) -> str | None:
+    """The name as it was given.  Raises RidgelineError for one that is not known; "generic" and none are for any."""
+    if name and named(name) == "generic" and name.strip().casefold() != "generic":
+        known = ", ".join(sorted({ours for ours in SPELLINGS.values() if named(ours) == ours} | {"generic", "mlc"}))
+        raise RidgelineError(f"framework {name!r} is not known; use one of {known}")
+    return name
 
 
 def of_engine(kind: str | None, arguments: Iterable[object] = ()) -> str | None:
