@@ -119,10 +119,8 @@ def by_ggml(kind: int, threads: int, layers: int, shapes: Shapes, heads: Sequenc
     tensor4 = call("new_tensor_4d", p, p, ctypes.c_int, n, n, n, n)
     permute = call("permute", p, p, p, *[ctypes.c_int] * 4)
     attend = call("flash_attn_ext", p, p, p, p, p, p, ctypes.c_float, ctypes.c_float, ctypes.c_float)
-    put, bytes_of = (
-        call("backend_tensor_set", None, p, p, ctypes.c_size_t, ctypes.c_size_t),
-        call("nbytes", ctypes.c_size_t, p),
-    )
+    put = call("backend_tensor_set", None, p, p, ctypes.c_size_t, ctypes.c_size_t)
+    size_of = call("row_size", ctypes.c_size_t, ctypes.c_int, n)
     cores = call("backend_cpu_init", p)()
     call("backend_cpu_set_n_threads", None, p, ctypes.c_int)(cores, threads)
     device = call("backend_get_device", p, p)(cores)
@@ -134,29 +132,28 @@ def by_ggml(kind: int, threads: int, layers: int, shapes: Shapes, heads: Sequenc
     while extra and extra[len(buffers)]:
         buffers.append(extra[len(buffers)])
 
-    def matrices(count: int, buffer: Any) -> tuple[list[list[Any]], Any, Any]:
-        context = init(Params(2**22 + 2**10 * count * len(shapes), None, True))
-        made = [[tensor(context, kind, *shape) for shape in shapes] for _ in range(count)]
-        return made, context, allocate(context, buffer)
+    def matrices(count: int, shape: tuple[int, int], buffer: Any) -> tuple[list[Any], Any, Any]:
+        context = init(Params(2**20 + 2**10 * count, None, True))
+        return [tensor(context, kind, *shape) for _ in range(count)], context, allocate(context, buffer)
 
-    def fits(buffer: Any) -> bool:
-        (layer,), context, held = matrices(1, buffer)
-        asked = product(context, layer[0], tensor(context, 0, shapes[0][0], 1)) if held else None
-        able = bool(held and supports(device, asked))
+    def fits(shape: tuple[int, int], buffer: Any) -> bool:
+        (matrix,), context, held = matrices(1, shape, buffer)
+        able = bool(held and supports(device, product(context, matrix, tensor(context, 0, shape[0], 1))))
         if held:
             release(held)
         free(context)
         return able
 
-    (layer,), context, held = matrices(1, usual)
-    sizes = [bytes_of(matrix) for matrix in layer]
-    release(held)
-    free(context)
-    every = matrices(copies(sum(sizes), layers), next((b for b in buffers if fits(b)), usual))[0]
-    empty = ctypes.create_string_buffer(max(sizes))
-    for layer in every:
-        for matrix, size in zip(layer, sizes, strict=True):
+    sizes = [size_of(kind, inner) * outer for inner, outer in shapes]
+    count = copies(sum(sizes), layers)
+    columns = []
+    for shape, size in zip(shapes, sizes, strict=True):
+        column = matrices(count, shape, next((b for b in buffers if fits(shape, b)), usual))[0]
+        empty = ctypes.create_string_buffer(size)
+        for matrix in column:
             put(matrix, empty, 0, size)
+        columns.append(column)
+    every = list(zip(*columns, strict=True))
 
     @contextlib.contextmanager
     def works(rows: int, used: int) -> Iterator[Callable[[], Any]]:

@@ -15,6 +15,16 @@ ENTRIES = catalogue.entries()
 ROUNDED = {"aquila", "deci", "hunyuan", "baichuan", "dbrx", "nemotron", "gemma4_text"}
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_matrices_that_are_measured_of_a_layer_are_of_its_size_and_in_whole_blocks(fused):
+    for model in (catalogue.find(entry.id) for entry in ENTRIES):
+        for layer in model.groups:
+            shapes = layer.matrices(model.hidden, fused)
+            assert all(inner % 32 == 0 and outer > 1 for inner, outer in shapes), (model.name, shapes)
+            entries = layer.attention_matmul + (layer.ffn_matmul or layer.expert_matmul)
+            assert sum(inner * outer for inner, outer in shapes) == pytest.approx(entries, rel=0.1), model.name
+
+
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.id)
 def test_the_parameter_count_is_the_published_one(entry):
     model = entry.model()

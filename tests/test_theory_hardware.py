@@ -230,6 +230,7 @@ def test_a_measured_row_needs_four_fields():
         ({"products": {"bf16": PRODUCTS | {"rows": [4, 2, 8]}}}, "products.bf16"),
         ({"products": {"bf16": {"rows": [1]}}}, "products.bf16"),
         ({"products": {"bf16": 3}}, "products.bf16"),
+        ({"products": [PRODUCTS]}, "products"),
         ({"bytes_per_s": math.nan}, "bytes_per_s"),
         ({"bytes_per_s": "4e10"}, "bytes_per_s"),
         ({"mem_bytes": None}, "mem_bytes"),

@@ -136,5 +136,7 @@ def test_an_engines_arguments_are_part_of_its_name():
     command = ["/opt/eager/python", "-m", "vllm.entrypoints.openai.api_server", "--model", "x", "--enforce-eager"]
     assert frameworks.of_engine("vllm", command) == "vllm --enforce-eager"
     assert frameworks.of_engine("vllm", command[:-1]) == "vllm" and frameworks.of_engine(None, command) is None
+    for other in ("--no-enforce-eager", "--disable-cuda-graph-padding", "--model=mine-eager"):
+        assert frameworks.of_engine("sglang", [other]) == "sglang"
     cores = hardware.find("EPYC-9654")
     assert frameworks.find("vllm --enforce-eager", cores) == frameworks.find("vllm", cores), "which launches nothing"

@@ -68,6 +68,35 @@ def test_products_that_were_measured_take_what_was_measured():
     )
 
 
+def test_a_kernel_for_one_row_may_be_slower_than_that_for_two():
+    row = replace(
+        measured().hardware, products={"bf16": hardware.Products((1.0, 2.0, 512.0), (2e-10, 1e-10, 2e-8), 2.0)}
+    )
+    took = roofline.decode_step(setup(gpu=row), np.array([1.0, 2.0]), np.ones(2), np.ones(2)).terms
+    matrices = sum(took[name] for name in ("weights", "matmul", "ridge")) / LLAMA.read_bytes()
+    assert matrices * kernels.IN_ENGINE == pytest.approx([2e-10, 1e-10], rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["wave", "closed", "static"])
+def test_products_that_seem_faster_than_the_row_beat_no_bound(mode):
+    """As of few matrices in a cache, or of matrix units for integers that a row measured in fp32 does not know."""
+    fast = hardware.Products((1.0, 512.0), (1e-11, 2 * 512 / 4e12), 0.5625, call_s=1e-9, kv_s_per_byte=1e-11)
+    row = replace(measured().hardware, flops={"fp32": 2e11}, products={"q4_0": fast})
+    found = sweep(
+        LLAMA,
+        row,
+        batch=[1, 4, 64],
+        input_tokens=350,
+        output_tokens=150,
+        dtype="q4_0",
+        framework="llama.cpp",
+        mode=mode,
+    )
+    for metric in ("ttft_s", "itl_s", "e2e_s"):
+        assert all(found.columns[metric].value >= found.columns[metric].bound)
+    assert all(found.columns["output_tokens_per_s"].value <= found.columns["output_tokens_per_s"].bound)
+
+
 def test_decode_attention_is_read_as_it_was_measured_or_as_the_products_are():
     plain = measured()
     assert plain.decode.bandwidth == pytest.approx(0.7 * 1e10 / 4e10)
@@ -236,15 +265,28 @@ def test_a_value_is_rebuilt_from_its_sentence(model, gpu, tp, mode, batch, token
 
 
 @example(LLAMA, H100, "closed", "", 47, 1, 1)  # all prompts in one pass
+@example(BIG, H100, "open", "vllm", 100, 350, 150)  # requests overlap
+@example(BIG, H100, "closed", "sglang", 7, 2000, 1)  # nothing but prefills
+@example(BIG, H100, "open", "vllm", 500, 8000, 1)
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from([LLAMA, BIG, MIXTRAL, DEEPSEEK]), st.sampled_from([H100, H200, hardware.find("MI300X")]),
-    st.sampled_from(["wave", "closed", "static"]), st.sampled_from(["", "vllm", "tensorrt-llm", "llama.cpp", "transformers"]),
+    st.sampled_from(["wave", "closed", "static", "open"]),
+    st.sampled_from(["", "vllm", "sglang", "tensorrt-llm", "llama.cpp", "transformers"]),
     st.integers(1, 500), st.integers(1, 8000), st.integers(1, 2000),
 )  # fmt: skip
 def test_terms_add_up_and_nothing_beats_its_bound(model, gpu, mode, framework, batch, tokens, output):
+    rate = batch / 10 if mode == "open" else None
     found = sweep(
-        model, gpu, batch=batch, input_tokens=tokens, output_tokens=output, tp=8, mode=mode, framework=framework
+        model,
+        gpu,
+        batch=batch,
+        input_tokens=tokens,
+        output_tokens=output,
+        tp=8,
+        mode=mode,
+        framework=framework,
+        rate=rate,
     )
     if not found.fits[0]:
         return

@@ -212,7 +212,7 @@ FUSED_EXPERTS = ("vllm", "sglang")
 GPT_OSS_READ, GPT_OSS_LAYER_S = 1.5, 10e-6
 # Engines that can be told to launch each kernel from Python (--enforce-eager, --disable-cuda-graph), and what a launch takes
 # there on an A100's server: 47 and 57 us by Qwen3-14B (vllm issue 20469) and 32B in 4 bit, whose kernels are shorter.
-EAGER = re.compile(r"(?<![a-z])eager(?![a-z])|(disable|without|no)[ _-](cuda[ _-]?)?graphs?(?![a-z])")
+EAGER = re.compile(r"(?<![a-z])eager(?![a-z])|(disable|without|no)[ _-](cuda[ _-]?)?graphs?(?![a-z]|-padding)")
 EAGER_ENGINES, EAGER_LAUNCH_S = ("vllm", "sglang"), 50e-6
 # Whose 8 bit are of the weights alone, and under which name: they have no kernels that multiply by per-channel int8 alone.
 EIGHT_BIT = {"llama.cpp": "q8_0", "exllama": "w8a16", "exllamav2": "w8a16"}
@@ -293,7 +293,8 @@ def stated(name: str | None) -> str | None:
 
 def of_engine(kind: str | None, arguments: Iterable[object] = ()) -> str | None:
     """The name of an engine as its command makes it: "vllm --enforce-eager"."""
-    told = [a for a in map(str, arguments) if a.startswith("--") and EAGER.search(a.casefold())]
+    flags = (a for a in map(str, arguments) if a.startswith("--") and not a.startswith("--no-") and "=" not in a)
+    told = [a for a in flags if EAGER.search(a.casefold())]
     return " ".join([kind, *told]) if kind else None
 
 

@@ -34,14 +34,19 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """What an engine's own matrix products take on a CPU: `s_per_byte` of matrices by the `rows` multiplied with them (both
-    rising), of which an entry takes `entry_bytes`; its decode attention for each byte of the KV cache; the call of a kernel."""
+    """What an engine's own matrix products take on a CPU: `s_per_byte` of matrices by the `rows` multiplied with them
+    (rising), of which an entry takes `entry_bytes`; its decode attention for each byte of the KV cache; the call of a kernel."""
 
     rows: tuple[float, ...]
     s_per_byte: tuple[float, ...]
     entry_bytes: float
     call_s: float = 0.0
     kv_s_per_byte: float = NAN
+
+    @property
+    def read_s_per_byte(self) -> float:
+        """Of reading alone: some kernels for one row are slower than those for two."""
+        return min(self.s_per_byte)
 
     @property
     def wide_s_per_byte(self) -> float:
@@ -51,7 +56,7 @@ class Products:
     def excess_s_per_byte(self, rows: Array) -> Array:
         """By how much products with so many rows take longer than reading, and than their share of a wide product."""
         took = np.exp(np.interp(np.log(np.maximum(rows, 1.0)), np.log(self.rows), np.log(self.s_per_byte)))
-        return np.asarray(np.maximum(0.0, took - np.maximum(self.s_per_byte[0], rows * self.wide_s_per_byte)))
+        return np.asarray(np.maximum(0.0, took - np.maximum(self.read_s_per_byte, rows * self.wide_s_per_byte)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,11 @@ def from_row(row: Mapping[str, Any]) -> Hardware:
     group = row.get("link_group") or 0
     if not isinstance(group, int) or group < 0:
         raise RidgelineError(f"hardware row {name}: field 'link_group' must be a whole number, got {group!r}")
+    products = row.get("products") or {}
+    if not isinstance(products, Mapping):
+        raise RidgelineError(
+            f"hardware row {name}: field 'products' must map a dtype to what was measured, got {products!r}"
+        )
     return Hardware(
         name=name.strip(),
         vendor=str(row.get("vendor") or ""),
@@ -142,7 +152,7 @@ def from_row(row: Mapping[str, Any]) -> Hardware:
         measured=bool(row.get("measured", True)),
         price_source=str(row.get("price_source") or ""),
         link_group=group,
-        products={dtype: _products(name, dtype, one) for dtype, one in (row.get("products") or {}).items()},
+        products={dtype: _products(name, dtype, one) for dtype, one in products.items()},
     )
 
 

@@ -93,9 +93,11 @@ def law(hardware: Hardware, kernel: str, dtype: str) -> Law:
 
 
 def of_products(hardware: Hardware, measured: Products, flops_per_s: float) -> Law:
-    """The law of matrix products that were measured, with `flops_per_s` as the data sheet's rate."""
-    own = replace(measured, s_per_byte=tuple(s / IN_ENGINE for s in measured.s_per_byte))
-    bandwidth = 1 / own.s_per_byte[0] / hardware.bytes_per_s
+    """The law of matrix products that were measured, with `flops_per_s` as the data sheet's rate; none reads faster than the
+    memory, though a loop over few matrices may seem to."""
+    least = 1 / hardware.bytes_per_s
+    own = replace(measured, s_per_byte=tuple(max(least, s / IN_ENGINE) for s in measured.s_per_byte))
+    bandwidth = 1 / own.read_s_per_byte / hardware.bytes_per_s
     compute = 2 / own.entry_bytes / own.wide_s_per_byte / flops_per_s
     return Law(0.0, bandwidth, compute, products=own)
 

@@ -179,7 +179,7 @@ def closed(
     if np.any(waiting > 0):
         ttft["waiting for memory"] = waiting
     return _loaded(s, ttft, itl, prefill, step, clients, cycle * clients / running, running, largest, tokens, output,
-                   cached_share)  # fmt: skip
+                   cached_share, looped=True)  # fmt: skip
 
 
 def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share: float = 0.0) -> Timing:
@@ -199,7 +199,7 @@ def open_loop(s: Setup, rate: float, tokens: Array, output: Array, cached_share:
     ttft["host"] = ttft["host"] + s.request_s
     seconds = np.where(saturated, running / np.maximum(found, 1e-300), 1.0) ** -1
     return _loaded(s, ttft, itl, prefill, step, np.full_like(tokens, rate), seconds, running, largest, tokens, output,
-                   cached_share)  # fmt: skip
+                   cached_share, looped=False)  # fmt: skip
 
 
 def _slots(s: Setup, tokens: Array, output: Array, cached_share: float) -> tuple[Array, Array]:
@@ -262,13 +262,19 @@ def _served(
 
 def _loaded(
     s: Setup, ttft: Terms, itl: Terms, prefill: Pass, step: Pass, requests: Array, seconds: Array, running: Array,
-    largest: Array, tokens: Array, output: Array, cached_share: float,
+    largest: Array, tokens: Array, output: Array, cached_share: float, *, looped: bool,
 ) -> Timing:  # fmt: skip
     one = np.ones_like(running)
     alone = decode_step(s, one, tokens + 1, tokens + np.maximum(1.0, output - 1)).bound
-    # Whatever the order of passes, the weights are read once for each token of the longest, and all operations are done.
-    whole = prefill_all(s, np.maximum(requests, 1.0), tokens, cached_share).bound * np.minimum(requests, 1.0)
-    busy = np.maximum((output - 1) * alone, whole)
+    # Whatever the order of passes, all operations are done, and in a closed loop the weights are read once for each token of the
+    # longest.  By the clock requests overlap without end, and any number of prompts may share a pass.
+    together = requests if looped else np.full_like(requests, 1e6)
+    busy = prefill_all(s, together, tokens, cached_share).bound * requests / together
+    if looped:
+        busy = np.maximum(busy, (output - 1) * alone)
+    seconds = np.maximum(
+        seconds, busy / s.pp
+    )  # answers of a token or two leave no steps that others' prefills would stretch
     return Timing(ttft, itl, prefill.hidden, step.hidden, requests, seconds, running, largest, prefill.bound / s.pp,
                   alone / s.pp, busy / s.pp)  # fmt: skip
 

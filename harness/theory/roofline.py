@@ -191,9 +191,11 @@ def setup(
         # 23 of matrices.
         attending = products.kv_s_per_byte / kernels.IN_ENGINE
         if math.isnan(attending):
-            attending = products.s_per_byte[0] / decode.bandwidth
-        decode = replace(decode, bandwidth=1 / attending / hardware.bytes_per_s)
+            attending = products.read_s_per_byte / decode.bandwidth
+        decode = replace(decode, bandwidth=min(1.0, 1 / attending / hardware.bytes_per_s))
         gemm, head = (kernels.of_products(hardware, products, hardware.flops[d]) for d in (used, wide))
+        fastest = max(gemm.compute, head.compute) / kernels.IN_ENGINE
+        gain = max(gain, fastest)  # a CPU with matrix units multiplies integers faster yet
     else:
         gemm = kernels.law(hardware, "gemm", precision.law_dtype(weights or model.dtype, used))
         head = kernels.law(hardware, "gemm", "bf16")

@@ -64,18 +64,18 @@ class Layers:
         return self.attention_matmul + self.ffn_matmul + routed
 
     def matrices(self, hidden: int, fused: bool) -> list[tuple[int, int]]:
-        """(inner, outer) of a layer's matrices, of one of its experts where it has them; `fused` as vLLM keeps them: query, key
-        and value in one, gate and up in one.  Those of a plain FFN or of latent attention as if of their size."""
+        """(inner, outer) of a layer's matrices, of one expert where every token meets no FFN; `fused` as vLLM keeps them: query,
+        key and value in one, gate and up in one.  Those of a plain FFN or of latent attention as if of their size."""
         value = self.heads * (self.value_dim or self.head_dim)
-        before, ffn = (
-            max(1, self.attention_matmul // hidden - value),
-            (self.ffn_matmul or self.expert_matmul) // hidden // 3,
-        )
+        before = max(1, self.attention_matmul // hidden - value)
+        ffn = max(1, (self.ffn_matmul or self.expert_matmul) // hidden // 3)
+        ffn += -ffn % (256 if ffn % 32 else 1)  # in whole blocks of any quantized type
         if fused:
             return [(hidden, before), (value, hidden), (hidden, 2 * ffn), (ffn, hidden)]
-        kv = max(1, (before - self.heads * self.head_dim) // 2)
-        return [(hidden, self.heads * self.head_dim), (hidden, kv), (hidden, kv), (value, hidden),
-                (hidden, ffn), (hidden, ffn), (ffn, hidden)]  # fmt: skip
+        query = self.heads * self.head_dim
+        kv = (before - query) // 2
+        into = [query, kv, kv] if kv > 0 and not self.latent else [before]
+        return [*((hidden, outer) for outer in into), (value, hidden), (hidden, ffn), (hidden, ffn), (ffn, hidden)]
 
     def position_flops(self, absorbed: bool) -> float:
         """FLOPs of a query against one position, all heads: 2 for each element of the key, and of the value.
