@@ -270,13 +270,12 @@ def _loaded(
     # longest.  By the clock requests overlap without end, and any number of prompts may share a pass.
     together = requests if looped else np.full_like(requests, 1e6)
     busy = prefill_all(s, together, tokens, cached_share).bound * requests / together
-    if looped:
-        busy = np.maximum(busy, (output - 1) * alone)
-    seconds = np.maximum(
-        seconds, busy / s.pp
-    )  # answers of a token or two leave no steps that others' prefills would stretch
-    return Timing(ttft, itl, prefill.hidden, step.hidden, requests, seconds, running, largest, prefill.bound / s.pp,
-                  alone / s.pp, busy / s.pp)  # fmt: skip
+    least = np.maximum(busy, (output - 1) * alone if looped else 0.0) / s.pp
+    if not looped:  # in a second no more ends than comes
+        least = np.maximum(least, 1.0)
+    # Answers of a token or two leave no steps that others' prefills would stretch.
+    return Timing(ttft, itl, prefill.hidden, step.hidden, requests, np.maximum(seconds, least), running, largest,
+                  prefill.bound / s.pp, alone / s.pp, least)  # fmt: skip
 
 
 def _queue(service: Array, elsewhere: Array, customers: Array) -> Array:
