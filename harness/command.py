@@ -438,8 +438,13 @@ def machine(out: Path | None, fresh: bool, as_json: bool, gpu: bool, python: str
         raise RidgelineError("--python: measures the cores, and --gpu the GPU; give one of them")
     row = machine_gpu.row() if gpu else this.row(None, Progress().line, fresh=fresh)
     if python:
+        absent: set[str] = set()
         for engine, dtype in this.USUAL:
-            row = this.with_products(row, python, engine, dtype, Progress().line, fresh)
+            before = row
+            if engine not in absent:
+                row = this.with_products(row, python, engine, dtype, Progress().line, fresh)
+            if row is before:
+                absent.add(engine)
     if python and "products" not in row:
         raise RidgelineError(f"--python {python}: no interpreter with a vLLM or torch for the cores, or with xllamacpp")
     text = json.dumps(store.clean(row), indent=1)
