@@ -20,7 +20,7 @@ from harness.progress import Progress
 from harness.records import RidgelineError, Table
 from harness.scenario import SEARCHED, Scenario, load, validate
 from harness.theory.calibration import from_dict
-from harness.theory.frameworks import of_engine
+from harness.theory.frameworks import of_run
 from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict
 from harness.theory.shape import PARTS, Layers, Model
@@ -415,7 +415,7 @@ def _predicted_text(inputs: Mapping[str, Any], scenario: Scenario, batch: int) -
         found = predict(
             model, row, batch=batch, input_tokens=sizes[0], output_tokens=sizes[1], dtype=t.dtype,
             kv_dtype=t.kv_dtype, tp=t.tp, pp=t.pp, mode=w.mode,
-            framework=t.framework or of_engine(scenario.engine.kind, scenario.engine.args),
+            framework=of_run({"framework": t.framework}, scenario.engine.model_dump()),
             calibration=from_dict(inputs["calibration"], "run.json") if inputs["calibration"] else None,
         )  # fmt: skip
     except RidgelineError as problem:
@@ -437,15 +437,13 @@ def machine(out: Path | None, fresh: bool, as_json: bool, gpu: bool, python: str
     if gpu and python:
         raise RidgelineError("--python: measures the cores, and --gpu the GPU; give one of them")
     row = machine_gpu.row() if gpu else this.row(None, Progress().line, fresh=fresh)
-    if python:
-        absent: set[str] = set()
-        for engine, dtype in this.USUAL:
-            before = row
-            if engine not in absent:
-                row = this.with_products(row, python, engine, dtype, Progress().line, fresh)
-            if row is before:
-                absent.add(engine)
-    if python and "products" not in row:
+    for engine, dtypes in this.USUAL.items() if python is not None else ():
+        for dtype in dtypes:
+            found = this.with_products(row, python or "", engine, dtype, Progress().line, fresh)
+            if found is row:  # it is not there
+                break
+            row = found
+    if python is not None and "products" not in row:
         raise RidgelineError(f"--python {python}: no interpreter with a vLLM or torch for the cores, or with xllamacpp")
     text = json.dumps(store.clean(row), indent=1)
     if out:

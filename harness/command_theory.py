@@ -24,7 +24,7 @@ from harness.theory import predict as sentences
 from harness.theory import training as fsdp
 from harness.theory import validate as holding
 from harness.theory.calibration import Calibration, from_dict
-from harness.theory.frameworks import of_engine, stated
+from harness.theory.frameworks import of_run, stated
 from harness.theory.hardware import Hardware, from_row
 from harness.theory.memory import kv_capacity, kv_space_bytes
 from harness.theory.roofline import Room
@@ -293,7 +293,7 @@ def _of_run(folder: Path, only: Sequence[int] | None) -> Calibration:
         )
         raise RidgelineError(f"{folder}: {missing['saw']}; {missing['do']}")
     engine = run.get("engine") or {}
-    framework = theory.get("framework") or of_engine(engine.get("kind"), engine.get("args") or ()) or ""
+    framework = of_run(theory, engine) or ""
     case = holding.Case(command.model_from(inputs["model"]), from_row(inputs["hardware"]), theory["dtype"],
                         theory["kv_dtype"], theory["tp"], theory.get("pp", 1), 1, 1, framework)  # fmt: skip
     rows, mode = fitting.of_points(found["points"]), found["workload"]["mode"]

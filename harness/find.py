@@ -20,7 +20,7 @@ from harness.scenario import Scenario
 from harness.session import Session
 from harness.sweep import written
 from harness.theory.calibration import from_dict
-from harness.theory.frameworks import of_engine
+from harness.theory.frameworks import of_run
 from harness.theory.hardware import from_row
 from harness.theory.predict import predict
 
@@ -98,8 +98,7 @@ class Search:
             return self.goal
         model, row = model_from(inputs["model"]), from_row(inputs["hardware"])
         calibrated = from_dict(inputs["calibration"], "run.json") if inputs["calibration"] else None
-        found, args = self.goal.start, engine.get("args") or ()
-        framework = theory["framework"] or of_engine(engine.get("kind"), args)
+        found, framework = self.goal.start, of_run(theory, engine)
         for load in np.geomspace(1, 1024, 21) if self.goal.whole else np.geomspace(0.125, 128, 21):
             if not self._predicted(scenario, model, row, calibrated, float(load), framework):
                 break

@@ -40,7 +40,7 @@ BLAS_THREADS = (
     "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
 )  # fmt: skip
 # What `ridgeline machine --python` measures of an engine that is there: the dtypes that are served most.
-USUAL = (("vllm", "bf16"), ("llama.cpp", "q4_0"), ("llama.cpp", "q4_k"), ("llama.cpp", "q8_0"))
+USUAL = {"vllm": ("bf16",), "llama.cpp": ("q4_0", "q4_k", "q8_0")}
 NOTE = (
     "measured with numpy, best of several sizes and thread counts; fp32 only: the rates of other dtypes cannot be measured"
     " with numpy, and predictions fall back to this one"
@@ -245,12 +245,12 @@ def with_products(
     so many layers' matrices of these shapes (inner, outer) and attention of these (query heads, KV heads, width); the row alone
     where it has none for the cores.  Takes about 6 s, and is stored as rows are, but where others disturbed it."""  # fmt: skip
     from harness import product_rates
-    from harness.theory.dtypes import kind_of
+    from harness.theory.dtypes import WHOLE, kind_of
     from harness.theory.gguf import number_of
 
     dtype = kind_of(dtype)
-    kind = dtype if engine == "vllm" else number_of(dtype)
-    if (kind not in ("bf16", "fp16", "fp32") and engine == "vllm") or kind is None:
+    kind = number_of(dtype) if engine == "llama.cpp" else dtype if dtype in WHOLE else None
+    if kind is None:
         return row
     sizes = [str(layers), "x".join(map(str, heads)), ",".join(f"{inner}x{outer}" for inner, outer in shapes)]
     source = Path(product_rates.__file__).read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from harness.records import NAN, Finding, RidgelineError, Table, joined
 from harness.tally import Blocks, Tally, count
 from harness.theory import levers, seeds
 from harness.theory.calibration import from_dict
-from harness.theory.frameworks import of_engine
+from harness.theory.frameworks import of_run
 from harness.theory.hardware import Hardware
 from harness.theory.predict import plane, predict
 from harness.theory.shape import Model
@@ -159,7 +159,7 @@ def _asked(run: Mapping[str, Any], theory: Mapping[str, Any]) -> dict[str, Any]:
         "kv_dtype": theory["kv_dtype"],
         "tp": theory["tp"],
         "pp": theory.get("pp", 1),
-        "framework": theory.get("framework") or of_engine(engine.get("kind"), engine.get("args") or ()),
+        "framework": of_run(theory, engine),
         "calibration": from_dict(stored, "run.json") if stored else None,
     }
 

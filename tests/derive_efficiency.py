@@ -51,7 +51,8 @@ GEMM_DTYPES = {
 # Over PCIe an all-reduce is as fast as the host's switches (0.06, 0.35 and 0.67 of the link on three machines of eight; NVIDIA's
 # pages of TensorRT-LLM imply 0.6 and more of an L40S's): a matter of the machine and not of the GPU, so these make the generic
 # row, and the first two have none of their own.
-PCIE = ("L40S", "RTX", "Arc")
+NO_OWN = ("L40S", "RTX")
+PCIE = (*NO_OWN, "Arc")
 # Shares of the dense peak that others measured, for hardware without tables: maximum achievable matmul FLOPS of
 # stas00/ml-engineering (MI300X 668 of 1307 TFLOPS, Gaudi2 419 of 432), and 43 % of 125 TFLOPS on an A10 (karpathy/llm.c
 # pull request 621).  What is not stated is as of "*".
@@ -75,7 +76,7 @@ def main(folder: Path, out: Path) -> None:
     rows += _generic(rows)
     common = next(r for r in rows if r["hardware"] == "*" and r["kernel"] == "gemm" and r["dtype"] == "bf16")
     rows += [common | {"hardware": name, "compute": share, "rows": 0} for name, share in STATED.items()]
-    rows = [r for r in rows if r["kernel"] != "all_reduce" or not r["hardware"].startswith(PCIE[:2])]
+    rows = [r for r in rows if r["kernel"] != "all_reduce" or not r["hardware"].startswith(NO_OWN)]
     links = [r for r in rows if r["kernel"] == "all_reduce" and r["hardware"] == "H200"]
     rows += [r | {"hardware": "H20", "rows": 0} for r in links]
     rows += [_row("H20", "H20", kernel, dtype, "", *law, "", n) for kernel, dtype, *law, n in H20]

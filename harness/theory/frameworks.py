@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
+from typing import Any
 
 from harness.records import RidgelineError
 from harness.theory import dtypes
@@ -296,6 +297,11 @@ def of_engine(kind: str | None, arguments: Iterable[object] = ()) -> str | None:
     flags = (a for a in map(str, arguments) if a.startswith("--") and not a.startswith("--no-") and "=" not in a)
     told = [a for a in flags if EAGER.search(a.casefold())]
     return " ".join([kind, *told]) if kind else None
+
+
+def of_run(theory: Mapping[str, Any], engine: Mapping[str, Any]) -> str | None:
+    """What a run predicts for: the framework that theory was told, else the engine by its kind and arguments."""
+    return theory.get("framework") or of_engine(engine.get("kind"), engine.get("args") or ())
 
 
 def stored(dtype: str | None, name: str) -> str | None:

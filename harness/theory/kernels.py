@@ -41,8 +41,9 @@ class Law:
 
 # A CPU's row is measured by the same kind of loop, so that it is near what a kernel reaches.
 MEASURED = {"gemm": Law(2e-6, 0.9, 0.8, 2.0), "decode": Law(2e-6, 0.7), "prefill": Law(2e-6, 0.7, 0.4, NAN, 1.0)}
-# Products measured in a loop of their own are quicker than in an engine, whose other threads take turns on the cores: of four
-# runs on two EPYC cores (vLLM, llama.cpp) those with nothing taken off were predicted 0.6 to 1.1 times as long as measured.
+# Products measured in a loop of their own are quicker than in an engine, whose other threads take turns on the cores: of five
+# runs on two EPYC cores (vLLM, llama.cpp) those with nothing taken off were predicted 0.6 to 1.1 times as long as measured: the
+# middle of a machine that itself is up to 1.7 times slower at times.
 IN_ENGINE = 0.85
 # What another dtype's kernel is most like.
 ALIKE = {"fp32": "bf16", "tf32": "bf16", "fp16": "bf16", "nvfp4": "fp4"}
