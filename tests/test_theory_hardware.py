@@ -230,6 +230,7 @@ def test_a_measured_row_needs_four_fields():
         ({"products": {"bf16": PRODUCTS | {"rows": [4, 2, 8]}}}, "products.bf16"),
         ({"products": {"bf16": {"rows": [1]}}}, "products.bf16"),
         ({"products": {"bf16": 3}}, "products.bf16"),
+        ({"products": {"q4_k_m": PRODUCTS}}, "unknown dtype 'q4_k_m'; known: bf16, .*q4_k"),
         ({"products": [PRODUCTS]}, "products"),
         ({"bytes_per_s": math.nan}, "bytes_per_s"),
         ({"bytes_per_s": "4e10"}, "bytes_per_s"),

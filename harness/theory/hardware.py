@@ -25,6 +25,7 @@ import yaml
 
 from harness import units
 from harness.records import NAN, RidgelineError
+from harness.theory.dtypes import BITS, kind_of
 
 DTYPES = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4", "int4")
 GIGA, TERA = 1e9, 1e12
@@ -137,6 +138,9 @@ def from_row(row: Mapping[str, Any]) -> Hardware:
         raise RidgelineError(
             f"hardware row {name}: field 'products' must map a dtype to what was measured, got {products!r}"
         )
+    kinds = sorted({kind_of(dtype) for dtype in BITS})
+    if unknown := sorted(str(kind) for kind in products if kind not in kinds):
+        raise RidgelineError(f"hardware row {name}: products: unknown dtype {unknown[0]!r}; known: {', '.join(kinds)}")
     return Hardware(
         name=name.strip(),
         vendor=str(row.get("vendor") or ""),
