@@ -46,8 +46,10 @@ def test_what_a_table_leaves_open_is_no_dtype():
         ("V100-SXM2-16GB|v100-16gb", "V100-SXM2-16GB"),
         ("Tesla V100-PCIE-16GB", "V100-PCIe-16GB"),
         ("8xH100|8x H100 SXM|DGX H100|H100-SXM-80GB (700W)|h100_sxm|H100 x8", "H100-SXM-80GB"),
-        ("A100-SXM-80GB @330W|a100_sxm|nvidia-a100-80gb|4xA100|A100 80 GB", "A100-SXM-80GB"),
-        ("RTX4090|4090|GeForce RTX 4090", "RTX-4090"),
+        ("A100-SXM-80GB @330W|a100_sxm|nvidia-a100-80gb|4xA100|A100 80 GB|A100-80G|A100 80G", "A100-SXM-80GB"),
+        ("RTX4090|4090|GeForce RTX 4090|RTX 4090 24G|GTX 4090", "RTX-4090"),
+        ("A10G|NVIDIA A10G 24GB", "A10G"),
+        ("NVIDIA GB10 (DGX Spark)|DGX Spark", "GB10"),
         ("GH200", "GH200-96GB"),
         ("gb200_sxm|GB200 NVL72", "GB200"),
         ("A800|A800-80GB", "A800-SXM-80GB"),
@@ -68,12 +70,17 @@ def test_another_accelerator_is_not_taken_for_a_known_one(name):
     ("name", "dtype", "bits"),
     [("Qwen2.5-72B-Instruct-GPTQ-Int8", "int8", 8.19), ("Llama-3.1-8B-Instruct-AWQ-INT4", "int4", 4.16),
      ("Meta-Llama-3.1-8B-Instruct-bnb-4bit", "int4", 4.5), ("Meta-Llama-3-8B-Instruct.Q4_K_M.gguf", "q4_k_m", 4.89),
-     ("Llama 3.1 8B (FP8)", "fp8", 8)],
+     ("vicuna-7b-v1.5-awq-gemm", "int4", 4.16), ("Yi-6B-Chat-4bits", "int4", 4.16), ("Llama-3.1-8B-FP4-v2", "nvfp4", 4.5),
+     ("Llama 3.1 8B (MXFP4)", "fp4", 4.25), ("Llama 3.1 8B (FP8)", "fp8", 8)],
 )  # fmt: skip
 def test_a_name_tells_how_the_weights_are_stored(name, dtype, bits):
     model = catalogue.find(name)
     assert model.dtype == dtype
     assert model.bytes_by_part()["ffn"] * 8 / model.params_by_part["ffn"] == pytest.approx(bits, abs=0.01)
+
+
+def test_mxfp4_in_the_name_of_gpt_oss_says_what_its_configuration_does():
+    assert catalogue.find("gpt-oss-120b-MXFP4").stored_bytes == catalogue.find("openai/gpt-oss-120b").stored_bytes
 
 
 def test_a_gguf_of_llama_3_1_has_the_published_size():

@@ -211,6 +211,9 @@ def _spares(listed: Any, module: str, layers: int) -> bool:
     return len(numbers) < len(names) or len(set(numbers)) > layers / 2
 
 
+MODELOPT = {"fp8": "fp8", "nvfp4": "nvfp4", "mxfp4": "fp4"}  # quant_algo -> ours, activations too
+
+
 def _quantization(c: Config, q: Mapping[str, Any]) -> tuple[str, float, bool]:
     """(dtype, bits of a weight with its scales, whether activations are quantized too) of a quantization_config."""
     method = str(q.get("quant_method") or "").lower()
@@ -232,8 +235,8 @@ def _quantization(c: Config, q: Mapping[str, Any]) -> tuple[str, float, bool]:
             return "int8", 8.0, False
         # NF4: a scale for every 64 weights, 32 bit, or 8 bit and another for every 256 of them.
         return "int4", 4.0 + ((8 + 32 / 256) / 64 if q.get("bnb_4bit_use_double_quant") else 32 / 64), False
-    if method == "modelopt" and isinstance(algo := q.get("quant_algo"), str) and algo.lower() in ("fp8", "nvfp4"):
-        return algo.lower(), BITS[algo.lower()], True
+    if method == "modelopt" and (algo := MODELOPT.get(str(q.get("quant_algo")).lower())):
+        return algo, BITS[algo], True
     if method == "mxfp4":
         return "fp4", BITS["fp4"], False
     if method == "compressed-tensors":

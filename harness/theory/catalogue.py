@@ -79,15 +79,16 @@ _INT8 = {"weights": {"num_bits": 8, "type": "int"}, "input_activations": {"num_b
 QUANTIZED: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8"},
     "gptq[-_ ]?(?:int)?8(?:[-_ ]?bit)?": {"quant_method": "gptq", "bits": 8},
-    "awq(?:[-_ ]?(?:int)?4(?:[-_ ]?bit)?)?": {"quant_method": "awq", "bits": 4},
+    "awq(?:[-_ ]?(?:int)?4(?:[-_ ]?bits?)?|[-_ ]gem[mv])?": {"quant_method": "awq", "bits": 4},
     "gptq(?:[-_ ]?(?:int)?4(?:[-_ ]?bit)?)?": {"quant_method": "gptq", "bits": 4},
     "(?:bnb|nf4)(?:[-_ ]?4[-_ ]?bit)?": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     "(?:w8a16|int8)": {"quant_method": "gptq", "bits": 8},
-    "(?:int4|4[-_ ]?bit)": {"quant_method": "awq", "bits": 4},
+    "(?:int4|4[-_ ]?bits?)": {"quant_method": "awq", "bits": 4},
     "w4a16": {"quant_method": "gptq", "bits": 4},
     "w8a8": {"quant_method": "compressed-tensors", "config_groups": {"group_0": _INT8}},
     "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     "fp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "mxfp4": {"quant_method": "modelopt", "quant_algo": "MXFP4"},
 }
 
 
@@ -111,7 +112,7 @@ def _without_quantization(name: str) -> tuple[str, dict[str, Any] | None]:
     if found := _GGUF.search(name):
         return name[: found.start()], {"gguf": dtype_named(found[1])}
     for word, config in QUANTIZED.items():
-        if found := re.search(rf"[-_ .]{word}(?![a-z0-9])", name, re.IGNORECASE):
+        if found := re.search(rf"[-_ .]{word}(?:[-_]v\d)?(?![a-z0-9])", name, re.IGNORECASE):
             return name[: found.start()] + name[found.end() :], config
     return name, None
 
@@ -146,6 +147,8 @@ def config_of(name: str) -> dict[str, Any]:
 def _entry_of(name: str) -> tuple[Entry, dict[str, Any] | None]:
     plain, quantization = _without_quantization(name)
     exact, loose = _by_words()
+    if quantization == QUANTIZED["mxfp4"] and "gpt" in _words(plain):  # whose own configuration says so
+        quantization = None
     if re.search(r"\d_\d", plain) and _words(plain) not in exact:  # llama_v3_8b is no version 3.8
         plain = plain if _shape_words(_words(plain)) in loose else plain.replace("_", "-")
     if entry := exact.get(_words(plain)):

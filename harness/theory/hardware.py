@@ -259,7 +259,8 @@ _AROUND = re.compile(
 def _key(name: str) -> str:
     """Case, order and kind of separator do not tell two names apart, nor does the maker; all else does (L40, L4)."""
     plain = re.sub(r"(?<=rtx|gtx)(?=\d)", " ", _AROUND.sub(" ", name.casefold()))
-    plain = re.sub(r"(?<=\d) (?=gi?b\b)", "", plain)
+    plain = re.sub(r"\bgtx(?= [2-5]0\d0)", "rtx", plain)  # which there are no GTX of
+    plain = re.sub(r"(?<![^\W_])(\d+) ?gi?b?\b", r"\1gb", plain)
     words = plain.replace("_", " ").replace("-", " ").replace("/", " ").split()
     return "-".join(sorted(word for word in words if word not in VENDORS) or sorted(words))
 
