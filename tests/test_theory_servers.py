@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harness.theory import catalogue, frameworks, hardware, load, roofline, sweep, validate
+from harness.theory import catalogue, frameworks, hardware, load, precision, roofline, sweep, validate
 from harness.theory.calibration import Calibration
 
 ROW = {"n_gpus": 1, "kind": "static", "kv_dtype": ""}
@@ -74,10 +74,10 @@ def test_a_kernel_that_unpacks_as_it_multiplies_slows_with_the_rows():
 
 
 def test_paged_attention_that_is_not_split_makes_a_step():
-    """Argonne's LLM-Inference-Bench (BSD-3-Clause), vLLM of 2024 on one MI300X, 2,048 tokens in and out: Llama-3-8B (32 heads)
+    """Argonne's LLM-Inference-Bench (BSD-3-Clause), vLLM 0.6.1 on one MI300X, 2,048 tokens in and out: Llama-3-8B (32 heads)
     takes 35.7 s with 16 sequences, 110.5 with 32, 191.5 with 64.  The row is fitted to other models."""
     row = {"model": "meta-llama/Meta-Llama-3-8B", "gpu": "MI300X", "weight_dtype": "fp16", "isl": 2048, "osl": 2048,
-           "framework": "vLLM"}  # fmt: skip
+           "framework": "vLLM 0.6.1"}  # fmt: skip
     taken = {batch: predicted(**row, batch=batch)["pred_e2e_s"] for batch in (16, 32, 64)}
     for batch, seconds in ((16, 35.66), (32, 110.5), (64, 191.5)):
         assert taken[batch] == pytest.approx(seconds, rel=0.15)
@@ -86,6 +86,28 @@ def test_paged_attention_that_is_not_split_makes_a_step():
         batch: predicted(**row, n_gpus=2, batch=batch)["pred_e2e_s"] for batch in (32, 33)
     }  # half of the heads on each
     assert two[33] > 1.3 * two[32]
+
+
+def test_an_mi300x_runs_as_amds_images_do_unless_an_early_release_is_stated():
+    """ROCm/vllm's docs (Apache-2.0), vLLM 0.10 on eight, 128 tokens in and 2,048 out: Llama-3.1-70B in fp8 17.2 s alone and 24.9 with
+    32, 405B 48.5 alone and 68.9; nothing is fitted to these."""
+    row = {"gpu": "MI300X", "n_gpus": 8, "weight_dtype": "fp8", "isl": 128, "osl": 2048}
+    for size, batch, seconds in ((70, 1, 17.2), (70, 32, 24.9), (405, 1, 48.5), (405, 32, 68.9)):
+        found = {name: predicted(**row, model=f"meta-llama/Llama-3.1-{size}B", batch=batch, framework=name)["pred_e2e_s"]
+                 for name in ("vLLM", "vLLM 0.10.0", "vLLM 0.6.1")}  # fmt: skip
+        assert found["vLLM"] == found["vLLM 0.10.0"] == pytest.approx(seconds, rel=0.2)
+        assert found["vLLM 0.6.1"] > 1.5 * seconds
+
+
+def test_a_prompt_is_taken_in_where_it_fits_though_its_answer_may_not():
+    """Llama-2-7B on an A100, lmdeploy: 64 at once of 128 tokens in and 2,048 out have their first tokens after 0.5 s."""
+    row = {"model": "meta-llama/Llama-2-7b-hf", "gpu": "A100-SXM-80GB", "weight_dtype": "fp16", "batch": 64, "isl": 128,
+           "ttft_ms": 1.0}  # fmt: skip
+    short, lmdeploy = (predicted(**row, osl=osl, framework="lmdeploy") for osl in (128, 2048))
+    assert lmdeploy["pred_ttft_ms"] == pytest.approx(short["pred_ttft_ms"]) == pytest.approx(535, rel=0.2)
+    assert predicted(**row, osl=2048, framework="TensorRT-LLM")["pred_ttft_ms"] > 5_000, (
+        "which keeps room for the whole answer"
+    )
 
 
 def test_a_batch_makes_no_steps_but_where_an_engine_changes_its_kernel():
@@ -233,6 +255,34 @@ def test_gpt_oss_runs_its_experts_in_two_products():
     for gpus, ms in ((1, 8.31), (2, 5.75)):
         found = predicted(**row, n_gpus=gpus, weight_dtype="mxfp4", framework="vLLM 0.10.2")["pred_tpot_ms"]
         assert found == pytest.approx(ms, rel=0.12)
+
+
+def test_llama_cpp_keeps_what_is_not_an_expert_of_gpt_oss_in_8_bit():
+    """ggml-org/gpt-oss-20b-GGUF has 12.1 GB, -120b 63.4; on a GB10 12.8 and 18.5 ms a token after 4,096 (benches/dgx-spark of
+    llama.cpp, MIT), 1.17 and 2.25 s before the first."""
+    for size, gb, ms, ttft_ms in ((20, 12.1, 12.81, 1166), (120, 63.4, 18.47, 2245)):
+        model = catalogue.find(f"openai/gpt-oss-{size}b")
+        file = precision.as_kept(model, "llama.cpp").weight_bytes() / 1e9
+        assert file == pytest.approx(gb, rel=0.01) and file < model.weight_bytes() / 1e9
+        found = predicted(model=model.name, gpu="GB10", weight_dtype="mxfp4", batch=1, isl=4096, osl=32, ttft_ms=1.0, tpot_ms=1.0,
+                          framework="llama.cpp")  # fmt: skip
+        assert found["bound_tpot_ms"] < ms == pytest.approx(found["pred_tpot_ms"], rel=0.15)
+        assert found["pred_ttft_ms"] == pytest.approx(ttft_ms, rel=0.2)
+
+
+def test_deepseek_in_4_bit_waits_for_the_host():
+    """AWQ on vLLM, one at a time: 16.1 ms a token on eight H100s (tenstorrent/tt-inference-server issue 356)."""
+    row = {
+        "model": "deepseek-ai/DeepSeek-R1",
+        "gpu": "H100-SXM",
+        "n_gpus": 8,
+        "kind": "concurrency",
+        "batch": 1,
+        "isl": 128,
+        "osl": 128,
+    }
+    found = predicted(**row, weight_dtype="awq", framework="vLLM")["pred_tpot_ms"]
+    assert found == pytest.approx(16.1, rel=0.1)
 
 
 def test_eight_bit_of_llama_cpp_are_of_the_weights_alone():

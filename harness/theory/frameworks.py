@@ -44,7 +44,8 @@ class Framework:
     (0: fused); `scratch_tokens`: of which the kernels of narrow weights keep space for outputs.  `gathers`: what comes at
     once is taken at once; others take the first prompt that comes and prefill it alone, while the rest of its batch is still
     being read.  `attention_rows`: that decode attention computes for each KV head, however few of its query heads there are.
-    `calls`: of nothing but a small product, that a kernel costs a CPU beside its work.
+    `calls`: of nothing but a small product, that a kernel costs a CPU beside its work.  `grows`: a sequence takes memory as it
+    grows (others put some off while the rest have answers to write: SGLang, TensorRT-LLM).
     `experts_lose`: the power of `gemm` and `compute` that the experts' products take; `experts_read`: `experts` for reading their weights,
     where that differs (0: it does not); `untuned`:
     by kernels not yet made for the model (TUNED_LATENT).
@@ -88,6 +89,7 @@ class Framework:
     experts_read: float = 0.0
     untuned: bool = False
     calls: float = 1.0
+    grows: bool = False
 
 
 # Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
@@ -199,6 +201,9 @@ HOST = {"RTX-30": 0.43, "RTX-40": 0.43, "RTX-50": 0.43, "T4": 1.22}
 TUNED_LATENT = {"vllm": (0, 8), "sglang": (0, 4, 4), "tensorrt-llm": (0, 18)}
 UNTUNED_STEP_S = 25e-3
 LATENT = ("deepseek_v2", "deepseek_v3")
+# DeepSeek-V3 in 4 bit (AWQ) takes vLLM 9 to 12 ms more a step than its reads and launches, on eight H100s, four H200s and eight A100s
+# (tenstorrent/tt-inference-server issue 356, QuixiAI's model card).
+NARROW_LATENT_STEP_S = 9e-3
 # FlashAttention-3 computes 128 rows for a decoding query, later 64 (tile_size_fwd_sm90 and use_one_mma_wg in
 # Dao-AILab/flash-attention's hopper/tile_size.h, BSD-3-Clause); these engines decode with it on Hopper since the first of these
 # releases, with the narrower tile since about the second [unverified].  It counts where little compute goes with much bandwidth.
@@ -221,6 +226,10 @@ EIGHT_BIT = {"llama.cpp": "q8_0", "exllama": "w8a16", "exllamav2": "w8a16"}
 # --enforce-eager on two EPYC cores, 134 M and 518 M parameters: 1.0 ms a layer, where a small product takes 14 us, and 1.2 ms
 # for each sequence, whose tokens are sent on by the same cores.
 CPU_HOST = {"vllm": (6.5, 1.2e-3)}
+GROWS = ("vllm", "lmdeploy")  # Scheduler.schedule in vLLM takes blocks for the tokens of the next pass alone
+# TensorRT-LLM's server in C++ (releases before 1.0, NIM): 10 and 31 ms to the first token of 200 alone by NIM's pages.
+NIM = re.compile(r"(?<![a-z])nim(?![a-z])")
+REQUEST_CPP_S = 10e-3
 CPU_CHUNK = 2048  # tokens of a pass on a CPU: vLLM's max_num_batched_tokens there, llama.cpp's n_batch
 LAST_LOGITS = (4, 45)  # since this release transformers' generate() computes a prompt's last logits only
 # Since this one each layer replaces its own cache; before it the old caches of all layers live until the step has ended.
@@ -236,13 +245,22 @@ KNOWN_SINCE = {"qwen2": (4, 37), "gemma": (4, 38), "phi3": (4, 41), "gemma2": (4
 OVERLAPPED = {"vllm": (0, 8), "sglang": (0, 4), "tensorrt-llm": (1, 0), "transformers": (4, 46)}
 
 
-def overlapped(name: str | None) -> bool:
-    """Whether the name states a release ("vLLM 0.11.0") of OVERLAPPED or a later one."""
+# vLLM built from its own Dockerfile for ROCm (0.6.1, as Argonne's README has it) took an MI300X two to eight times as long as AMD's
+# images from the same months on (ROCm/vllm's docs/dev-docker, Oracle's blog on Llama-3.1-405B): a release that early must be stated.
+ROCM_TUNED = (0, 6, 2)
+
+
+def overlapped(name: str | None, hardware: str = "") -> bool:
+    """Whether the name states a release ("vLLM 0.11.0") of OVERLAPPED or a later one; where ROCM_TUNED, no earlier one."""
+    if hardware.startswith("MI3") and named(name) == "vllm":
+        return (release(name) or ROCM_TUNED) >= ROCM_TUNED
     return (release(name) or (0, 0)) >= OVERLAPPED.get(named(name), (10**6, 0))
 
 
 def release(name: str | None) -> tuple[int, ...] | None:
-    """The first release that a name states: (0, 11, 0) of "vLLM 0.11.0"."""
+    """The first release that a name states: (0, 11, 0) of "vLLM 0.11.0"; NIM's own is not that of the engine in it."""
+    if NIM.search((name or "").casefold()):
+        return None
     found = re.search(r"\d+(?:\.\d+){1,2}", name or "")
     return tuple(map(int, found[0].split("."))) if found else None
 
@@ -252,13 +270,17 @@ def find(
 ) -> Framework:
     """The row for a framework on this hardware with weights of this dtype; `offline`: as public static batches ran, most
     of which without a release named are of 2023, as far as the model's `family` was known then."""
-    row = _find(named(name), hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name))
+    row = _find(
+        named(name), hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name, hardware.name)
+    )
     ran = release(name) or (KNOWN_SINCE.get(family, (4, 0)) if offline else (99, 0))
     row = replace(row, all_logits=row.all_logits and ran < LAST_LOGITS, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
     if hardware.cpu and named(name) in CPU_HOST:
         row = replace(row, calls=CPU_HOST[named(name)][0], sequence_s=CPU_HOST[named(name)][1])
     if family in LATENT and (release(name) or (99,)) < TUNED_LATENT.get(named(name), (0,)):
         row = replace(row, step_s=row.step_s + UNTUNED_STEP_S, untuned=True)
+    if family in LATENT and named(name) == "vllm" and _width(dtype) == "int4":
+        row = replace(row, step_s=row.step_s + NARROW_LATENT_STEP_S)
     if named(name) == "vllm":
         large, new = _large(hardware), (release(name) or OVERLAPPED["vllm"]) >= OVERLAPPED["vllm"]
         row = replace(row, sequences=1024.0 if large and new else 256.0, chunk=row.chunk if large or not new else 2048)
@@ -267,12 +289,18 @@ def find(
     if family == "gpt_oss" and named(name) in FUSED_EXPERTS:
         row = replace(row, experts_read=min(row.experts, GPT_OSS_READ), expert_layer_s=GPT_OSS_LAYER_S)
     hosted = next((v for prefix, v in HOST.items() if hardware.name.startswith(prefix)), 1.0)
-    row = replace(row, launch_s=row.launch_s * hosted, gathers=named(name) == "llama.cpp")
+    row = replace(row, launch_s=row.launch_s * hosted, gathers=named(name) == "llama.cpp", grows=named(name) in GROWS)
     row = replace(row, experts_lose=0.5 if named(name) in FUSED_EXPERTS else 1.0)
     if hardware.name.split("-")[0] in HOPPER and named(name) in FLASH3:
         since, narrower = FLASH3[named(name)]
         at = release(name) or narrower
         row = replace(row, attention_rows=1.0 if at < since else 64.0 if at >= narrower else 128.0)
+    if (
+        named(name) == "tensorrt-llm"
+        and row.request_s
+        and (NIM.search((name or "").casefold()) or (release(name) or (1, 0)) < (1, 0))
+    ):
+        row = replace(row, request_s=REQUEST_CPP_S)
     if row.copied and "exllamav2" in (name or "").casefold():
         row = replace(row, scratch_tokens=EXLLAMAV2_TOKENS)
     if named(name) == "autoawq":

@@ -97,6 +97,9 @@ def static(
         *_, last = _round(s, np.maximum(rest, 1.0), tokens, output, cached_share, progressive)
         waiting = np.where(rest > 0, (full * size * waiting + rest * full * took) / batch, waiting)
         busy = busy + np.where(rest > 0, last, 0.0)
+    if s.framework.grows and np.any(waiting > 0):  # a prompt is taken in where it fits itself
+        first = np.clip(batch, size, np.maximum(size, memory.largest_batch(s, tokens + 1)))
+        own, waiting = _prefill(s, first, tokens, cached_share, progressive)[1], np.where(first < batch, waiting, 0.0)
     ttft, itl = dict(own), dict(step.terms)
     steps = np.maximum(output - 1, 0)
     if progressive:  # over a connection, as a server is asked
@@ -117,13 +120,17 @@ def _round(
     s: Setup, size: Array, tokens: Array, output: Array, cached_share: float, progressive: bool
 ) -> tuple[Pass, Terms, Array, Pass, Array]:
     """One batch: its prefill, what the mean first token waits of it, what passes after that, a step, and all of it in s."""
-    if progressive:
-        prefill, own, early = one_by_one(s, size, tokens, cached_share)
-    else:
-        prefill = prefill_all(s, size, tokens, cached_share)
-        own, early = prefill.terms, 0 * size
+    prefill, own, early = _prefill(s, size, tokens, cached_share, progressive)
     step = decode_step(s, size, tokens + 1, tokens + np.maximum(1.0, output - 1))
     return prefill, own, early, step, prefill.total + (output - 1) * step.total
+
+
+def _prefill(s: Setup, size: Array, tokens: Array, cached_share: float, progressive: bool) -> tuple[Pass, Terms, Array]:
+    """(the prefill of `size` prompts, the mean one's part of it, what passes after that)."""
+    if progressive:
+        return one_by_one(s, size, tokens, cached_share)
+    prefill = prefill_all(s, size, tokens, cached_share)
+    return prefill, prefill.terms, 0 * size
 
 
 # On those first engines (frameworks.TUNED_LATENT) prefills took 3 to 9 times as long as the laws of today's kernels say; nor does

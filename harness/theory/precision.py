@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from harness.records import RidgelineError
 from harness.theory.dtypes import BITS, RATE, WEIGHT_ONLY, WHOLE, dtype_named, kind_of
 from harness.theory.hardware import Hardware
@@ -12,6 +14,16 @@ def law_dtype(stored: str, used: str) -> str:
     if used in ("fp8", "fp4", "int8") or stored in WHOLE:
         return used
     return "int8_weights" if BITS.get(stored, 4.0) >= 6 else "int4"  # narrow weights, multiplied wide
+
+
+def as_kept(model: Model, framework: str) -> Model:
+    """The model as the files of `framework` hold it: where experts alone are in 4 bit, llama.cpp's have the rest in Q8_0
+    (ggml-org/gpt-oss-20b-GGUF has 12.1 GB, gpt-oss-120b-GGUF 63.4)."""
+    if framework != "llama.cpp" or model.dtype != "fp4" or not model.moe:
+        return model
+    share = BITS["q8_0"] / BITS["bf16"]
+    rest = ("embedding", "attention", "lm_head")
+    return replace(model, stored_bytes={k: v * share if k in rest else v for k, v in model.stored_bytes.items()})
 
 
 def settled(model: Model, dtype: str | None, notes: list[str]) -> tuple[str | None, str, str]:

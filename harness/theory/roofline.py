@@ -27,7 +27,7 @@ import numpy.typing as npt
 from harness.records import RidgelineError
 from harness.theory import kernels, precision, ring, switches
 from harness.theory.dtypes import BITS, GGUF_BITS, WHOLE, dtype_named, kind_of
-from harness.theory.frameworks import Framework, stored
+from harness.theory.frameworks import Framework, named, stored
 from harness.theory.hardware import Hardware
 from harness.theory.shape import Model
 
@@ -178,6 +178,7 @@ def setup(
     notes = [*hardware.caveats, *model.notes]
     if framework.layered:
         tp, pp = 1, tp * pp
+    model = precision.as_kept(model, named(framework.name))
     weights, activations, matmul = precision.settled(model, stored(dtype, framework.name), notes)
     used, gain = precision.rate(hardware, matmul, activations, model, weights, notes)
     wide, _ = precision.rate(hardware, activations, activations, model, weights, [])

@@ -88,7 +88,7 @@ def case_of(row: dict[Hashable, Any]) -> Case:
     model, gpu = catalogue.find(row["model"]), table_of_hardware.usual(row["gpu"])
     framework, dtype, cache = row["framework"], dtypes.stated(row["weight_dtype"]), dtypes.stated(row["kv_dtype"])
     narrow = (dtype or model.dtype) in ("fp8", "nvfp4", "fp4")
-    if cache is None and narrow and any(word in framework.casefold() for word in ("trt", "tensorrt")):
+    if cache is None and narrow and named(framework) == "tensorrt-llm":
         cache = "fp8"  # NVIDIA's checkpoints in fp8 and fp4 quantize the cache too, and TensorRT-LLM follows them
     return Case(model, gpu, dtype, cache, *_split(row), framework)
 
