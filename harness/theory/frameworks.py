@@ -96,6 +96,8 @@ class Framework:
 SPELLINGS = {
     "autoawq": "autoawq",
     "lightning": "lightning",
+    "litgpt": "lightning",
+    "lit-gpt": "lightning",
     "onnx": "onnx",
     "ctranslate": "ctranslate",
     "ctransformers": "llama.cpp",
