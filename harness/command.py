@@ -336,11 +336,14 @@ def _hardware(
     if venv and model and engine.get("launched"):
         with contextlib.suppress(RidgelineError):  # it is not on this machine
             python, layer = launch.interpreter(engine.get("interpreter"), venv), model.groups[-1]
-            row = machine.with_products(
-                row, python, engine["kind"], dtype, progress.line, layers=model.layers,
-                heads=(layer.heads, layer.kv_heads, layer.head_dim),
-                shapes=layer.matrices(model.hidden, fused=engine["kind"] == "vllm"),
-            )  # fmt: skip
+            works = [(dtype, model.layers, layer.matrices(model.hidden, fused=engine["kind"] == "vllm"))]
+            if model.head_dtype not in ("", dtype):  # between two of its products all layers pass through the caches
+                works.append((model.head_dtype, model.layers, [(model.hidden, model.vocab)]))
+            heads = (layer.heads, layer.kv_heads, layer.head_dim)
+            for kind, layers, shapes in works:
+                row = machine.with_products(
+                    row, python, engine["kind"], kind, progress.line, layers=layers, heads=heads, shapes=shapes
+                )
     return from_row(row)
 
 

@@ -68,6 +68,17 @@ def test_products_that_were_measured_take_what_was_measured():
     )
 
 
+def test_a_head_of_another_type_takes_what_was_measured_of_that():
+    head = hardware.Products((1.0, 4.0, 512.0), (5e-11, 1e-10, 1.28e-8), 2.0)
+    other = replace(measured().hardware, products={"bf16": PRODUCTS, "q8_0": head})
+    alike, own = (
+        roofline.decode_step(setup(model, other), *arrays(4, 1, 1)).terms
+        for model in (LLAMA, replace(LLAMA, head_dtype="q8_0"))
+    )
+    less = sum(alike[name][0] - own[name][0] for name in ("weights", "matmul", "ridge"))
+    assert less * kernels.IN_ENGINE == pytest.approx(LLAMA.stored_bytes["lm_head"] * (4e-10 - 1e-10), rel=1e-3)
+
+
 def test_a_kernel_for_one_row_may_be_slower_than_that_for_two():
     row = replace(
         measured().hardware, products={"bf16": hardware.Products((1.0, 2.0, 512.0), (2e-10, 1e-10, 2e-8), 2.0)}

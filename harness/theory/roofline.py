@@ -194,7 +194,9 @@ def setup(
         if math.isnan(attending):
             attending = products.read_s_per_byte / decode.bandwidth
         decode = replace(decode, bandwidth=min(1.0, 1 / attending / hardware.bytes_per_s))
-        gemm, head = (kernels.of_products(hardware, products, hardware.flops[d]) for d in (used, wide))
+        own = hardware.products.get(model.head_dtype, products)  # measured in its own shape, if in another type
+        gemm = kernels.of_products(hardware, products, hardware.flops[used])
+        head = kernels.of_products(hardware, own, hardware.flops[wide])
         fastest = max(gemm.compute, head.compute) / kernels.IN_ENGINE
         gain = max(gain, fastest)  # a CPU with matrix units multiplies integers faster yet
     else:

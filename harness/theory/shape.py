@@ -133,6 +133,7 @@ class Model:
     max_context: int = 0  # 0: not stated
     notes: tuple[str, ...] = ()
     other: int = 0  # parameters that text never runs through, such as a vision tower
+    head_dtype: str = ""  # of the lm_head, as a GGUF file has it; empty: not known
 
     @property
     def layers(self) -> int:
