@@ -45,7 +45,7 @@ def test_what_a_table_leaves_open_is_no_dtype():
     [
         ("V100-SXM2-16GB|v100-16gb", "V100-SXM2-16GB"),
         ("Tesla V100-PCIE-16GB", "V100-PCIe-16GB"),
-        ("8xH100|8x H100 SXM|DGX H100|H100-SXM-80GB (700W)|h100_sxm|H100 x8", "H100-SXM-80GB"),
+        ("8xH100|H100x8|8x H100 SXM|DGX H100|H100-SXM-80GB (700W)|h100_sxm|H100 x8", "H100-SXM-80GB"),
         ("A100-SXM-80GB @330W|a100_sxm|nvidia-a100-80gb|4xA100|A100 80 GB|A100-80G|A100 80G", "A100-SXM-80GB"),
         ("RTX4090|4090|GeForce RTX 4090|RTX 4090 24G|GTX 4090", "RTX-4090"),
         ("A10G|NVIDIA A10G 24GB", "A10G"),

@@ -90,7 +90,7 @@ def test_paged_attention_that_is_not_split_makes_a_step():
 
 def test_an_mi300x_runs_as_amds_images_do_unless_an_early_release_is_stated():
     """ROCm/vllm's docs (Apache-2.0), vLLM 0.10 on eight, 128 tokens in and 2,048 out: Llama-3.1-70B in fp8 17.2 s alone and 24.9 with
-    32, 405B 48.5 alone and 68.9; nothing is fitted to these."""
+    32, 405B 48.5 alone and 68.9."""
     row = {"gpu": "MI300X", "n_gpus": 8, "weight_dtype": "fp8", "isl": 128, "osl": 2048}
     for size, batch, seconds in ((70, 1, 17.2), (70, 32, 24.9), (405, 1, 48.5), (405, 32, 68.9)):
         found = {name: predicted(**row, model=f"meta-llama/Llama-3.1-{size}B", batch=batch, framework=name)["pred_e2e_s"]

@@ -34,7 +34,7 @@ LEAST = {"no": 1.33, "same": 1.09, "model": 1.18}
 # Static batches of a framework of which nothing (or a few rows only) was measured, uncalibrated.  From all static rows of this
 # page and of a dozen other public sources (not shipped), where rows of one source and framework weigh as the square root of their
 # number; then, as of a blind set (281 rows of 17 further sources) such spans held 60 % by source, widened towards what all
-# together hold, as far as four times the error.  What weights, kernels and the host's part say of a prediction's doubt gains
+# together and a second one (551 rows) hold, as far as four times the error.  What weights, kernels and the host's part say of a prediction's doubt gains
 # nothing, so one span serves all; experts over several accelerators take longer than thought.
 UNSEEN = {
     ("ttft_s", "*", "*"): (0.75, 1.6),
@@ -52,7 +52,7 @@ ALIKE = (("itl_s", "static", "e2e_s", 1.0), ("ttft_s", "static", "e2e_s", 1.6), 
 LEAST_TTFT = {"same": 1.3, "model": 1.8}
 # Under load, uncalibrated: spans that held 85 to 90 % of the closed loops of this page and of 149 rows of nine other public
 # sources (which are not shipped), one source set weighing as much as the other, without the early releases of DeepSeek; widened
-# likewise towards what the blind set asks.
+# likewise towards what the blind sets ask.
 # (metric, model, accelerators) -> (where the memory holds all that are in flight, where some wait for it).
 UNDER_LOAD = {
     ("ttft_s", "dense", "one"): ((0.55, 2.7), (0.55, 1.9)),

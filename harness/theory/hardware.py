@@ -252,7 +252,7 @@ VENDORS = {"nvidia", "amd", "intel", "google", "apple", "instinct", "tesla", "ge
 
 # What stands around a name in a table and is no part of it: how many (8x, x4, 2 ×), the chassis, a power limit.
 _AROUND = re.compile(
-    r"^\s*\d+\s*[x×*]\s*|\s+[x×*]\s*\d+\s*$|\([^)]*\d\s*w\)|@?\s*\d+\s*w\b|\b(dgx|hgx)[ _-](?=[abh]\d)|\(r\)|\(tm\)|[()]"
+    r"^\s*\d+\s*[x×*]\s*|(?:\s+|(?<=\d))[x×*]\s*\d+\s*$|\([^)]*\d\s*w\)|@?\s*\d+\s*w\b|\b(dgx|hgx)[ _-](?=[abh]\d)|\(r\)|\(tm\)|[()]"
 )
 
 
