@@ -245,8 +245,6 @@ KNOWN_SINCE = {"qwen2": (4, 37), "gemma": (4, 38), "phi3": (4, 41), "gemma2": (4
                "qwen3_moe": (4, 51), "gpt_oss": (4, 55)}  # fmt: skip
 # transformers: with bitsandbytes 0.45, whose kernels launch less.
 OVERLAPPED = {"vllm": (0, 8), "sglang": (0, 4), "tensorrt-llm": (1, 0), "transformers": (4, 46)}
-
-
 # vLLM built from its own Dockerfile for ROCm (0.6.1, as Argonne's README has it) took an MI300X two to eight times as long as AMD's
 # images from the same months on (ROCm/vllm's docs/dev-docker, Oracle's blog on Llama-3.1-405B): a release that early must be stated.
 ROCM_TUNED = (0, 6, 2)
@@ -272,45 +270,38 @@ def find(
 ) -> Framework:
     """The row for a framework on this hardware with weights of this dtype; `offline`: as public static batches ran, most
     of which without a release named are of 2023, as far as the model's `family` was known then."""
-    row = _find(
-        named(name), hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name, hardware.name)
-    )
-    ran = release(name) or (KNOWN_SINCE.get(family, (4, 0)) if offline else (99, 0))
+    ours, plain, told = named(name), (name or "").casefold(), release(name)
+    row = _find(ours, hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name, hardware.name))
+    ran = told or (KNOWN_SINCE.get(family, (4, 0)) if offline else (99, 0))
     row = replace(row, all_logits=row.all_logits and ran < LAST_LOGITS, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
-    if hardware.cpu and named(name) in CPU_HOST:
-        row = replace(row, calls=CPU_HOST[named(name)][0], sequence_s=CPU_HOST[named(name)][1])
-    if family in LATENT and (release(name) or (99,)) < TUNED_LATENT.get(named(name), (0,)):
+    if hardware.cpu and ours in CPU_HOST:
+        row = replace(row, calls=CPU_HOST[ours][0], sequence_s=CPU_HOST[ours][1])
+    if family in LATENT and (told or (99,)) < TUNED_LATENT.get(ours, (0,)):
         row = replace(row, step_s=row.step_s + UNTUNED_STEP_S, untuned=True)
-    if family in LATENT and named(name) == "vllm" and _width(dtype) == "int4":
+    if family in LATENT and ours == "vllm" and _width(dtype) == "int4":
         row = replace(row, step_s=row.step_s + NARROW_LATENT_STEP_S)
-    if named(name) == "vllm":
-        large, new = _large(hardware), (release(name) or OVERLAPPED["vllm"]) >= OVERLAPPED["vllm"]
+    if ours == "vllm":
+        large, new = _large(hardware), (told or OVERLAPPED["vllm"]) >= OVERLAPPED["vllm"]
         row = replace(row, sequences=1024.0 if large and new else 256.0, chunk=row.chunk if large or not new else 2048)
-    if named(name) in EAGER_ENGINES and not hardware.cpu and EAGER.search((name or "").casefold()):
+    if ours in EAGER_ENGINES and not hardware.cpu and EAGER.search(plain):
         row = replace(row, eager_prefill=True, eager_decode=True, launch_s=EAGER_LAUNCH_S)
-    if family == "gpt_oss" and named(name) in FUSED_EXPERTS:
+    if family == "gpt_oss" and ours in FUSED_EXPERTS:
         row = replace(row, experts_read=min(row.experts, GPT_OSS_READ), expert_layer_s=GPT_OSS_LAYER_S)
     hosted = next((v for prefix, v in HOST.items() if hardware.name.startswith(prefix)), 1.0)
-    row = replace(row, launch_s=row.launch_s * hosted, gathers=named(name) == "llama.cpp", grows=named(name) in GROWS)
-    row = replace(row, experts_lose=0.5 if named(name) in FUSED_EXPERTS else 1.0)
-    if hardware.name.split("-")[0] in HOPPER and named(name) in FLASH3:
-        since, narrower = FLASH3[named(name)]
-        at = release(name) or narrower
+    row = replace(row, launch_s=row.launch_s * hosted, gathers=ours == "llama.cpp", grows=ours in GROWS)
+    row = replace(row, experts_lose=0.5 if ours in FUSED_EXPERTS else 1.0)
+    if hardware.name.split("-")[0] in HOPPER and ours in FLASH3:
+        since, narrower = FLASH3[ours]
+        at = told or narrower
         row = replace(row, attention_rows=1.0 if at < since else 64.0 if at >= narrower else 128.0)
-    if (
-        named(name) == "tensorrt-llm"
-        and row.request_s
-        and (NIM.search((name or "").casefold()) or (release(name) or (1, 0)) < (1, 0))
-    ):
-        row = replace(row, request_s=REQUEST_CPP_S)
-    if row.copied and "exllamav2" in (name or "").casefold():
+    if ours == "tensorrt-llm" and (NIM.search(plain) or (told or (1, 0)) < (1, 0)):
+        row = replace(row, request_s=min(row.request_s, REQUEST_CPP_S))
+    if row.copied and "exllamav2" in plain:
         row = replace(row, scratch_tokens=EXLLAMAV2_TOKENS)
-    if named(name) == "autoawq":
+    if ours == "autoawq":
         row = replace(row, score_bytes=AUTOAWQ_SCORE_BYTES)
     if row.copied and ran < DYNAMIC_CACHE:
-        return replace(
-            row, cache_copies=2.0, score_bytes=0.0 if "flash" in (name or "").casefold() else EAGER_SCORE_BYTES
-        )
+        return replace(row, cache_copies=2.0, score_bytes=0.0 if "flash" in plain else EAGER_SCORE_BYTES)
     return row
 
 
