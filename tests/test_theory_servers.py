@@ -285,6 +285,27 @@ def test_deepseek_in_4_bit_waits_for_the_host():
     assert found == pytest.approx(16.1, rel=0.1)
 
 
+def test_a_geforce_sums_up_in_16_bit_faster_than_its_row():
+    """exllama on an RTX 4090 (turboderp/exllama's README, MIT): 1,920 tokens of Llama-7B in 138 ms, of 33B in 649."""
+    for size, ms in ((7, 138.0), (30, 648.9)):
+        row = {"model": f"huggyllama/llama-{size}b", "gpu": "RTX-4090", "weight_dtype": "int4", "batch": 1, "isl": 1920, "osl": 128,
+               "ttft_ms": ms}  # fmt: skip
+        found = predicted(**row, framework="exllama")
+        assert found["bound_ttft_ms"] < ms == pytest.approx(found["pred_ttft_ms"], rel=0.3)
+        assert predicted(**row, framework="vllm")["bound_ttft_ms"] == pytest.approx(2 * found["bound_ttft_ms"])
+
+
+@pytest.mark.parametrize(
+    ("model", "speed"),
+    [("meta-llama/Llama-2-7b-hf", 141.3), ("EleutherAI/gpt-j-6b", 160.6), ("tiiuae/falcon-40b", 25.2)],
+)
+def test_nothing_is_launched_from_the_host_of_a_gaudi(model, speed):
+    """optimum-habana's own tests on a Gaudi 2 (Apache-2.0): tokens/s of one sequence in bf16."""
+    row = {"model": model, "gpu": "Gaudi2", "weight_dtype": "bf16", "batch": 1, "isl": 9, "osl": 100}
+    for name in ("transformers", "optimum-habana"):
+        assert predicted(**row, framework=name)["pred_out_tps"] == pytest.approx(speed, rel=0.2)
+
+
 def test_eight_bit_of_llama_cpp_are_of_the_weights_alone():
     row = {"model": "meta-llama/Llama-2-7b-hf", "gpu": "RTX-4090", "batch": 1, "isl": 512, "osl": 128, "ttft_ms": 1.0}
     q8, int8 = (predicted(**row, weight_dtype=d, framework="llama.cpp")["pred_ttft_ms"] for d in ("q8_0", "int8"))

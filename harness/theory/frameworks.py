@@ -45,7 +45,8 @@ class Framework:
     once is taken at once; others take the first prompt that comes and prefill it alone, while the rest of its batch is still
     being read.  `attention_rows`: that decode attention computes for each KV head, however few of its query heads there are.
     `calls`: of nothing but a small product, that a kernel costs a CPU beside its work.  `grows`: a sequence takes memory as it
-    grows (others put some off while the rest have answers to write: SGLang, TensorRT-LLM).
+    grows (others put some off while the rest have answers to write: SGLang, TensorRT-LLM).  `half_sums`: products are summed up
+    in 16 bit, which a GeForce does at twice the rate of its row (sums in 32 bit).
     `experts_lose`: the power of `gemm` and `compute` that the experts' products take; `experts_read`: `experts` for reading their weights,
     where that differs (0: it does not); `untuned`:
     by kernels not yet made for the model (TUNED_LATENT).
@@ -90,6 +91,7 @@ class Framework:
     untuned: bool = False
     calls: float = 1.0
     grows: bool = False
+    half_sums: bool = False
 
 
 # Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
@@ -98,6 +100,8 @@ SPELLINGS = {
     "lightning": "lightning",
     "litgpt": "lightning",
     "lit-gpt": "lightning",
+    "onnxruntime-genai": "compiled",
+    "onnxruntime genai": "compiled",
     "onnx": "onnx",
     "ctranslate": "ctranslate",
     "ctransformers": "llama.cpp",
@@ -115,6 +119,7 @@ SPELLINGS = {
     "lm studio": "llama.cpp",
     "koboldcpp": "llama.cpp",
     "llamafile": "llama.cpp",
+    "habana": "compiled",  # graphs
     "optimum nvidia": "optimum-nvidia",
     "optimum-nvidia": "optimum-nvidia",
     "fastertransformer": "fastertransformer",
@@ -228,6 +233,10 @@ EIGHT_BIT = {"llama.cpp": "q8_0", "exllama": "w8a16", "exllamav2": "w8a16"}
 # --enforce-eager on two EPYC cores, 134 M and 518 M parameters: 1.0 ms a layer, where a small product takes 14 us, and 1.2 ms
 # for each sequence, whose tokens are sent on by the same cores.
 CPU_HOST = {"vllm": (6.5, 1.2e-3)}
+# Of these, on cards whose rate in their row is that of sums in 32 bit; exllama (cublasHgemm) prefills a 4090 at 180 TFLOP/s of fp16 by its
+# README, above the row's 165, llama.cpp multiplies in fp16 or int8.
+HALF_SUMS, GEFORCE = ("exllama", "exllamav2", "llama.cpp"), re.compile(r"RTX-[2-5]0\d\d")
+HALF_SUM_COMPUTE = {"exllama": 0.55, "exllamav2": 0.55}
 GROWS = ("vllm", "lmdeploy")  # Scheduler.schedule in vLLM takes blocks for the tokens of the next pass alone
 # TensorRT-LLM's server in C++ (releases before 1.0, NIM): 10 and 31 ms to the first token of 200 alone by NIM's pages.
 NIM = re.compile(r"(?<![a-z])nim(?![a-z])")
@@ -271,6 +280,8 @@ def find(
     """The row for a framework on this hardware with weights of this dtype; `offline`: as public static batches ran, most
     of which without a release named are of 2023, as far as the model's `family` was known then."""
     ours, plain, told = named(name), (name or "").casefold(), release(name)
+    if ours == "transformers" and hardware.name.startswith("Gaudi"):
+        ours = "compiled"  # as optimum-habana does: nothing is launched from the host
     row = _find(ours, hardware.name, hardware.measured, _width(dtype), offline and not overlapped(name, hardware.name))
     ran = told or (KNOWN_SINCE.get(family, (4, 0)) if offline else (99, 0))
     row = replace(row, all_logits=row.all_logits and ran < LAST_LOGITS, chunk=CPU_CHUNK if hardware.cpu else row.chunk)
@@ -296,6 +307,8 @@ def find(
         row = replace(row, attention_rows=1.0 if at < since else 64.0 if at >= narrower else 128.0)
     if ours == "tensorrt-llm" and (NIM.search(plain) or (told or (1, 0)) < (1, 0)):
         row = replace(row, request_s=min(row.request_s, REQUEST_CPP_S))
+    if ours in HALF_SUMS and GEFORCE.match(hardware.name):
+        row = replace(row, half_sums=True, compute=row.compute * HALF_SUM_COMPUTE.get(ours, 1.0))
     if row.copied and "exllamav2" in plain:
         row = replace(row, scratch_tokens=EXLLAMAV2_TOKENS)
     if ours == "autoawq":

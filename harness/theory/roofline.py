@@ -200,6 +200,7 @@ def setup(
         fastest = max(gemm.compute, head.compute) / kernels.IN_ENGINE
         gain = max(gain, fastest)  # a CPU with matrix units multiplies integers faster yet
     else:
+        gain = max(gain, 2.0) if framework.half_sums else gain
         gemm = kernels.law(hardware, "gemm", precision.law_dtype(weights or model.dtype, used))
         head = kernels.law(hardware, "gemm", "bf16")
     built = Setup(
