@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from harness.theory import catalogue, hardware
 from harness.theory.architecture import from_config
+from harness.theory.sweep import sweep
 from tests.test_theory_architecture import llama
 
 MIXTRAL = llama(4096, 14336, 32, 32, 8, 32000, model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
@@ -54,6 +56,27 @@ def test_expected_distinct_experts_are_what_random_routing_gives():
     for tokens in (1, 8, 64):
         met = [len({e for _ in range(tokens) for e in rng.permutation(256)[:8]}) for _ in range(200)]
         assert group.distinct_experts(float(tokens)) == pytest.approx(np.mean(met), rel=0.02)
+
+
+def test_where_some_experts_are_liked_better_fewer_are_met():
+    """Poisson visits at rates drawn from a gamma distribution, whose mean lets one token meet its eight."""
+    group, shape, rng = from_config(DEEPSEEK_V3).groups[-1], 0.8, np.random.default_rng(5)
+    mean = shape * ((1 - 8 / 256) ** (-1 / shape) - 1)
+    rates = rng.gamma(shape, mean / shape, 200_000)
+    for tokens in (1.0, 8.0, 64.0):
+        met = 256 * np.mean(1 - np.exp(-rates * tokens))
+        assert group.distinct_experts(tokens, shape) == pytest.approx(met, rel=0.02)
+    assert group.distinct_experts(1.0, shape) == pytest.approx(8) == pytest.approx(group.distinct_experts(1.0))
+    assert group.distinct_experts(64.0, 1e6) == pytest.approx(group.distinct_experts(64.0), rel=1e-3)
+
+
+def test_the_steps_of_gpt_oss_grow_less_with_the_batch_than_even_routing_has_it():
+    """gpt-oss-120b on eight H100s, vLLM, 922 tokens in and out (InferenceX pull request 828): 3.72 ms with 4, 7.36 with 64."""
+    h100 = hardware.find("H100-SXM")
+    for batch, ms in ((4, 3.72), (16, 4.83), (64, 7.36)):
+        found = sweep(catalogue.find("openai/gpt-oss-120b"), h100, batch=batch, input_tokens=922, output_tokens=922, mode="closed",
+                      framework="vllm", tp=8)  # fmt: skip
+        assert found.columns["itl_s"].value[0] * 1e3 == pytest.approx(ms, rel=0.1)
 
 
 def test_latent_attention_keeps_576_elements_a_layer_and_token_for_all_heads():

@@ -6,6 +6,7 @@ configuration; nothing here knows a file format.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -99,15 +100,25 @@ class Layers:
         w = self.span(n)
         return w * (w + 1) / 2 + (n - w) * w
 
-    def distinct_experts(self, tokens: Number) -> Number:
+    def distinct_experts(self, tokens: Number, evenness: float = math.inf) -> Number:
         """Experts that at least one of `tokens` tokens is routed to: E · (1 − (1 − k/E)^tokens), expected.
 
-        Each token chooses k of E alike and by itself.  Real routers are skewed, so fewer are met: an upper estimate.
+        Each token chooses k of E alike and by itself: an upper estimate.  Where some experts are liked better, by a gamma
+        distribution of this shape (`evenness`), fewer are met: E · (1 − (1 + tokens·((1 − k/E)^(−1/a) − 1))^(−a)).
         """
         if not self.experts:
             return 0.0 * tokens
-        missed: Number = (1 - self.experts_per_token / self.experts) ** tokens
+        passed = 1 - self.experts_per_token / self.experts
+        if math.isinf(evenness):
+            missed: Number = passed**tokens
+        else:
+            missed = (1 + tokens * (passed ** (-1 / evenness) - 1)) ** -evenness
         return self.experts * (1 - missed)
+
+
+# How evenly a family's router spreads tokens over experts, where it does not (1 is an exponential distribution).  gpt-oss: from its steps
+# by batch on H100s (InferenceX pull request 828) and a DGX Spark (llama.cpp's benches/dgx-spark), which grow less than even routing's.
+EVENNESS = {"gpt_oss": 0.8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +203,8 @@ class Model:
         all_of_them = sum(g.count * g.experts * g.expert for g in self.groups)
         if not all_of_them:
             return 0.0 * tokens
-        return _total(g.count * g.distinct_experts(tokens) * g.expert for g in self.groups) / all_of_them
+        even = EVENNESS.get(self.family.replace("-", "_"), math.inf)  # as GGUF spells it
+        return _total(g.count * g.distinct_experts(tokens, even) * g.expert for g in self.groups) / all_of_them
 
     def read_bytes(self, dtype: str | None = None, tokens: Number = 1.0) -> Number:  # type: ignore[assignment]
         """Bytes of weights that one step of `tokens` tokens reads: all but the experts that none is routed to, and of
