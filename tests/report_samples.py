@@ -213,6 +213,8 @@ def poison_folder(folder: Path) -> None:
             out.write(journal.encode(record))
     run = poison(json.loads((folder / store.RUN).read_text()))
     run["model"] = run["model"] or "x"
+    hardware = (run.get("theory") or {}).get("hardware") or {}
+    hardware["name"] = hardware.get("name") or "x"  # none is refused in a sentence
     (folder / store.RUN).write_text(json.dumps(run))
     lines = store.load_lines(folder / store.SERVER)
     (folder / store.SERVER).write_text("".join(json.dumps(poison(line)) + "\n" for line in lines))
