@@ -20,6 +20,7 @@ from harness.progress import Progress
 from harness.records import RidgelineError, Table
 from harness.scenario import SEARCHED, Scenario, load, validate
 from harness.theory.calibration import from_dict
+from harness.theory.dtypes import kind_of
 from harness.theory.frameworks import of_run
 from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict
@@ -27,6 +28,7 @@ from harness.theory.shape import PARTS, Layers, Model
 from harness.yaml_lines import MAX_BYTES
 
 RESULTS = Path("results")
+HEAD_ENTRIES = 2**25  # of an lm_head, as many as are measured: a large one would take minutes
 WHOLE = ("input_tokens", "output_tokens", "rate_ramp")  # a flag replaces these, whatever the file says
 
 
@@ -337,8 +339,10 @@ def _hardware(
         with contextlib.suppress(RidgelineError):  # it is not on this machine
             python, layer = launch.interpreter(engine.get("interpreter"), venv), model.groups[-1]
             works = [(dtype, model.layers, layer.matrices(model.hidden, fused=engine["kind"] == "vllm"))]
-            if model.head_dtype not in ("", dtype):  # between two of its products all layers pass through the caches
-                works.append((model.head_dtype, model.layers, [(model.hidden, model.vocab)]))
+            if not theory["dtype"] and model.head_dtype not in ("", kind_of(dtype)):
+                # Between two of its products all layers pass through the caches; more rows are as fast a row.
+                outer = min(model.vocab, HEAD_ENTRIES // model.hidden // 256 * 256)
+                works.append((model.head_dtype, model.layers, [(model.hidden, outer)]))
             heads = (layer.heads, layer.kv_heads, layer.head_dim)
             for kind, layers, shapes in works:
                 row = machine.with_products(

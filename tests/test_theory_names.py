@@ -49,6 +49,8 @@ def test_what_a_table_leaves_open_is_no_dtype():
         ("A100-SXM-80GB @330W|a100_sxm|nvidia-a100-80gb|4xA100|A100 80 GB|A100-80G|A100 80G", "A100-SXM-80GB"),
         ("RTX4090|4090|GeForce RTX 4090|RTX 4090 24G|GTX 4090", "RTX-4090"),
         ("A10G|NVIDIA A10G 24GB", "A10G"),
+        ("MI250X 8|MI250X x8|8x MI250X", "MI250X"),
+        ("MI300Xx8|MI300X 8|AMD Instinct MI300X", "MI300X"),
         ("NVIDIA GB10 (DGX Spark)|DGX Spark", "GB10"),
         ("GH200", "GH200-96GB"),
         ("gb200_sxm|GB200 NVL72", "GB200"),
@@ -71,7 +73,7 @@ def test_another_accelerator_is_not_taken_for_a_known_one(name):
     [("Qwen2.5-72B-Instruct-GPTQ-Int8", "int8", 8.19), ("Llama-3.1-8B-Instruct-AWQ-INT4", "int4", 4.16),
      ("Meta-Llama-3.1-8B-Instruct-bnb-4bit", "int4", 4.5), ("Meta-Llama-3-8B-Instruct.Q4_K_M.gguf", "q4_k_m", 4.89),
      ("vicuna-7b-v1.5-awq-gemm", "int4", 4.16), ("Yi-6B-Chat-4bits", "int4", 4.16), ("Llama-3.1-8B-FP4-v2", "nvfp4", 4.5),
-     ("Llama 3.1 8B (MXFP4)", "fp4", 4.25), ("Llama 3.1 8B (FP8)", "fp8", 8)],
+     ("Mistral-7B-Instruct-AWQ-v0.2", "int4", 4.16), ("Llama 3.1 8B (MXFP4)", "fp4", 4.25), ("Llama 3.1 8B (FP8)", "fp8", 8)],
 )  # fmt: skip
 def test_a_name_tells_how_the_weights_are_stored(name, dtype, bits):
     model = catalogue.find(name)
@@ -80,7 +82,9 @@ def test_a_name_tells_how_the_weights_are_stored(name, dtype, bits):
 
 
 def test_mxfp4_in_the_name_of_gpt_oss_says_what_its_configuration_does():
-    assert catalogue.find("gpt-oss-120b-MXFP4").stored_bytes == catalogue.find("openai/gpt-oss-120b").stored_bytes
+    own = catalogue.find("openai/gpt-oss-120b").stored_bytes
+    assert all(catalogue.find(name).stored_bytes == own for name in ("gpt-oss-120b-MXFP4", "gptoss-120b-MXFP4"))
+    assert catalogue.find("gpt-j-6b-MXFP4").dtype == "fp4"
 
 
 def test_a_gguf_of_llama_3_1_has_the_published_size():
@@ -134,9 +138,9 @@ def test_a_framework_that_is_not_known_is_refused_with_those_that_are():
 
 def test_what_a_framework_runs_on_is_not_taken_for_it():
     named = {name: frameworks.named(name) for name in ("transformers GPTQ exllamav2", "ctransformers", "NIM 1.8.0 (TensorRT-LLM)",
-             "TGI AWQ", "Triton+FasterTransformer", "torchao/gpt-fast", "unheard of", "HF transformers", "llamafile", "sarathi-serve", "DeepSpeed-FastGen")}  # fmt: skip
+             "TGI AWQ", "Triton+FasterTransformer", "torchao/gpt-fast", "unheard of", "HF transformers", "llamafile", "sarathi-serve", "DeepSpeed-FastGen", "vllm-habana", "optimum-habana")}  # fmt: skip
     assert list(named.values()) == ["transformers", "llama.cpp", "tensorrt-llm", "vllm", "fastertransformer", "gpt-fast",
-                                    "generic", "transformers", "llama.cpp", "vllm", "deepspeed"]  # fmt: skip
+                                    "generic", "transformers", "llama.cpp", "vllm", "deepspeed", "vllm", "compiled"]  # fmt: skip
 
 
 def test_an_engines_arguments_are_part_of_its_name():

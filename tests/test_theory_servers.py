@@ -7,6 +7,8 @@ ai-dynamo/aiconfigurator's closed loops (Apache-2.0).
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -108,6 +110,17 @@ def test_a_prompt_is_taken_in_where_it_fits_though_its_answer_may_not():
     assert predicted(**row, osl=2048, framework="TensorRT-LLM")["pred_ttft_ms"] > 5_000, (
         "which keeps room for the whole answer"
     )
+
+
+@pytest.mark.parametrize("mode", ["static", "wave"])
+def test_who_is_taken_in_early_waits_later(mode):
+    """Llama-2-7B on an A100 holds 54 answers of 2,048 tokens, and the prompts of 900: vLLM takes 256 at a time."""
+    batch = np.array([54.0, 55.0, 108.0, 256.0, 257.0, 512.0, 900.0, 950.0])
+    found = sweep.sweep(catalogue.find("meta-llama/Llama-2-7b-hf"), hardware.find("A100-SXM-80GB"), batch=batch, input_tokens=128,
+                        output_tokens=2048, framework="vllm", mode=mode).columns  # fmt: skip
+    ttft, e2e = found["ttft_s"].value, found["e2e_s"].value
+    assert ttft[3] < 2.5 and all(np.diff(ttft) > 0) and ttft[7] < 1.1 * ttft[6]
+    assert all(e2e >= found["e2e_s"].bound) and all(np.diff(e2e) > 0) and e2e[5] > 4 * e2e[0]
 
 
 def test_a_batch_makes_no_steps_but_where_an_engine_changes_its_kernel():
@@ -264,6 +277,8 @@ def test_llama_cpp_keeps_what_is_not_an_expert_of_gpt_oss_in_8_bit():
         model = catalogue.find(f"openai/gpt-oss-{size}b")
         file = precision.as_kept(model, "llama.cpp").weight_bytes() / 1e9
         assert file == pytest.approx(gb, rel=0.01) and file < model.weight_bytes() / 1e9
+        as_file = dataclasses.replace(precision.as_kept(model, "llama.cpp"), head_dtype="q8_0")
+        assert precision.as_kept(as_file, "llama.cpp") == as_file, "a GGUF file tells its own"
         found = predicted(model=model.name, gpu="GB10", weight_dtype="mxfp4", batch=1, isl=4096, osl=32, ttft_ms=1.0, tpot_ms=1.0,
                           framework="llama.cpp")  # fmt: skip
         assert found["bound_tpot_ms"] < ms == pytest.approx(found["pred_tpot_ms"], rel=0.15)

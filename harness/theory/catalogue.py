@@ -80,8 +80,8 @@ QUANTIZED: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8"},
     "gptq[-_ ]?(?:int)?8(?:[-_ ]?bit)?": {"quant_method": "gptq", "bits": 8},
     "awq(?:[-_ ]?(?:int)?4(?:[-_ ]?bits?)?|[-_ ]gem[mv])?": {"quant_method": "awq", "bits": 4},
-    "gptq(?:[-_ ]?(?:int)?4(?:[-_ ]?bit)?)?": {"quant_method": "gptq", "bits": 4},
-    "(?:bnb|nf4)(?:[-_ ]?4[-_ ]?bit)?": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "gptq(?:[-_ ]?(?:int)?4(?:[-_ ]?bits?)?)?": {"quant_method": "gptq", "bits": 4},
+    "(?:bnb|nf4)(?:[-_ ]?4[-_ ]?bits?)?": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     "(?:w8a16|int8)": {"quant_method": "gptq", "bits": 8},
     "(?:int4|4[-_ ]?bits?)": {"quant_method": "awq", "bits": 4},
     "w4a16": {"quant_method": "gptq", "bits": 4},
@@ -112,7 +112,7 @@ def _without_quantization(name: str) -> tuple[str, dict[str, Any] | None]:
     if found := _GGUF.search(name):
         return name[: found.start()], {"gguf": dtype_named(found[1])}
     for word, config in QUANTIZED.items():
-        if found := re.search(rf"[-_ .]{word}(?:[-_]v\d)?(?![a-z0-9])", name, re.IGNORECASE):
+        if found := re.search(rf"[-_ .]{word}(?:[-_]v\d(?![.\d]))?(?![a-z0-9])", name, re.IGNORECASE):
             return name[: found.start()] + name[found.end() :], config
     return name, None
 
@@ -147,15 +147,14 @@ def config_of(name: str) -> dict[str, Any]:
 def _entry_of(name: str) -> tuple[Entry, dict[str, Any] | None]:
     plain, quantization = _without_quantization(name)
     exact, loose = _by_words()
-    if quantization == QUANTIZED["mxfp4"] and "gpt" in _words(plain):  # whose own configuration says so
-        quantization = None
     if re.search(r"\d_\d", plain) and _words(plain) not in exact:  # llama_v3_8b is no version 3.8
         plain = plain if _shape_words(_words(plain)) in loose else plain.replace("_", "-")
-    if entry := exact.get(_words(plain)):
-        return entry, quantization
     near = loose.get(_shape_words(_words(plain)), [])
-    if len({json.dumps(e.config, sort_keys=True) for e in near}) == 1:
-        return near[0], quantization
+    alike = near[0] if len({json.dumps(e.config, sort_keys=True) for e in near}) == 1 else None
+    if entry := exact.get(_words(plain), alike):
+        own = entry.config.get("quantization_config", {}).get("quant_method")
+        # gpt-oss' own configuration says which parts are in MXFP4.
+        return entry, None if quantization == QUANTIZED["mxfp4"] and own == "mxfp4" else quantization
     if near:
         raise RidgelineError(f"model {name!r} is ambiguous: name one of {', '.join(e.id for e in near)}")
     names = {" ".join(_shape_words(_words(n))): n for e in reversed(entries()) for n in reversed(e.names)}

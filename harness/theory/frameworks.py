@@ -102,6 +102,8 @@ SPELLINGS = {
     "lit-gpt": "lightning",
     "onnxruntime-genai": "compiled",
     "onnxruntime genai": "compiled",
+    "onnx runtime genai": "compiled",
+    "onnxruntime_genai": "compiled",
     "onnx": "onnx",
     "ctranslate": "ctranslate",
     "ctransformers": "llama.cpp",
@@ -119,7 +121,6 @@ SPELLINGS = {
     "lm studio": "llama.cpp",
     "koboldcpp": "llama.cpp",
     "llamafile": "llama.cpp",
-    "habana": "compiled",  # graphs
     "optimum nvidia": "optimum-nvidia",
     "optimum-nvidia": "optimum-nvidia",
     "fastertransformer": "fastertransformer",
@@ -151,6 +152,7 @@ SPELLINGS = {
     "mlc": "compiled",
     "jax": "compiled",
     "jetstream": "compiled",
+    "habana": "compiled",  # graphs, where no engine is named before
     "llm-awq": "autoawq",
     "autogptq": "transformers",
     "gptq-for-llama": "transformers",
@@ -235,7 +237,7 @@ EIGHT_BIT = {"llama.cpp": "q8_0", "exllama": "w8a16", "exllamav2": "w8a16"}
 CPU_HOST = {"vllm": (6.5, 1.2e-3)}
 # Of these, on cards whose rate in their row is that of sums in 32 bit; exllama (cublasHgemm) prefills a 4090 at 180 TFLOP/s of fp16 by its
 # README, above the row's 165, llama.cpp multiplies in fp16 or int8.
-HALF_SUMS, GEFORCE = ("exllama", "exllamav2", "llama.cpp"), re.compile(r"RTX-[2-5]0\d\d")
+HALF_SUMS, GEFORCE = ("exllama", "exllamav2", "llama.cpp"), re.compile(r"RTX-[2-5]0[5-9]0")
 HALF_SUM_COMPUTE = {"exllama": 0.55, "exllamav2": 0.55}
 GROWS = ("vllm", "lmdeploy")  # Scheduler.schedule in vLLM takes blocks for the tokens of the next pass alone
 # TensorRT-LLM's server in C++ (releases before 1.0, NIM): 10 and 31 ms to the first token of 200 alone by NIM's pages.
@@ -289,7 +291,7 @@ def find(
         row = replace(row, calls=CPU_HOST[ours][0], sequence_s=CPU_HOST[ours][1])
     if family in LATENT and (told or (99,)) < TUNED_LATENT.get(ours, (0,)):
         row = replace(row, step_s=row.step_s + UNTUNED_STEP_S, untuned=True)
-    if family in LATENT and ours == "vllm" and _width(dtype) == "int4":
+    if family == "deepseek_v3" and ours == "vllm" and _width(dtype) == "int4":
         row = replace(row, step_s=row.step_s + NARROW_LATENT_STEP_S)
     if ours == "vllm":
         large, new = _large(hardware), (told or OVERLAPPED["vllm"]) >= OVERLAPPED["vllm"]

@@ -252,14 +252,14 @@ VENDORS = {"nvidia", "amd", "intel", "google", "apple", "instinct", "tesla", "ge
 
 # What stands around a name in a table and is no part of it: how many (8x, x4, 2 ×), the chassis, a power limit.
 _AROUND = re.compile(
-    r"^\s*\d+\s*[x×*]\s*|(?:\s+|(?<=\d))[x×*]\s*\d+\s*$|\([^)]*\d\s*w\)|@?\s*\d+\s*w\b|\b(dgx|hgx)[ _-](?=[abh]\d)|\(r\)|\(tm\)|[()]"
+    r"^\s*\d+\s*[x×*]\s*|(?:\s+|(?<=\d)(?<!mi\d\d\d)|(?<=\dgb)|(?<=\dg)|(?<=mi\d\d\dx))[x×*]\s*\d+\s*$|(?<=mi\d\d\dx)\s+\d+\s*$|\([^)]*\d\s*w\)|@?\s*\d+\s*w\b|\b(dgx|hgx)[ _-](?=[abh]\d)|\(r\)|\(tm\)|[()]"
 )
 
 
 def _key(name: str) -> str:
     """Case, order and kind of separator do not tell two names apart, nor does the maker; all else does (L40, L4)."""
     plain = re.sub(r"(?<=rtx|gtx)(?=\d)", " ", _AROUND.sub(" ", name.casefold()))
-    plain = re.sub(r"\bgtx(?= [2-5]0\d0)", "rtx", plain)  # which there are no GTX of
+    plain = re.sub(r"\bgtx(?=[ _-][2-5]0\d0)", "rtx", plain)  # which there are no GTX of
     plain = re.sub(r"(?<![^\W_])(\d+) ?gi?b?\b", r"\1gb", plain)
     words = plain.replace("_", " ").replace("-", " ").replace("/", " ").split()
     return "-".join(sorted(word for word in words if word not in VENDORS) or sorted(words))

@@ -97,14 +97,20 @@ def static(
         *_, last = _round(s, np.maximum(rest, 1.0), tokens, output, cached_share, progressive)
         waiting = np.where(rest > 0, (full * size * waiting + rest * full * took) / batch, waiting)
         busy = busy + np.where(rest > 0, last, 0.0)
-    if s.framework.grows and np.any(waiting > 0):  # a prompt is taken in where it fits itself
-        first = np.clip(batch, size, np.maximum(size, memory.largest_batch(s, tokens + 1)))
-        own, waiting = _prefill(s, first, tokens, cached_share, progressive)[1], np.where(first < batch, waiting, 0.0)
+    late: Array | float = 0.0
+    if s.framework.grows and np.any(waiting > 0):  # a prompt is taken in where it fits itself, and waits later
+        room = np.minimum(memory.largest_batch(s, tokens + 1), s.framework.sequences * s.dp)
+        first = np.clip(batch, size, np.maximum(size, room))
+        own = _prefill(s, first, tokens, cached_share, progressive)[1]
+        late = waiting * (first - size) / np.maximum(batch - size, 1e-9)
+        waiting = waiting - late
     ttft, itl = dict(own), dict(step.terms)
     steps = np.maximum(output - 1, 0)
     if progressive:  # over a connection, as a server is asked
         ttft["host"], busy = ttft["host"] + s.request_s, busy + s.request_s
         itl["prefills of others"] = early / np.maximum(steps, 1)
+        if np.any(late > 0):
+            itl["waiting for memory"] = late / np.maximum(steps, 1)
     if np.any(waiting > 0):
         ttft["waiting for memory"] = waiting
     past = tokens * cached_share

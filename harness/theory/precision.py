@@ -19,11 +19,12 @@ def law_dtype(stored: str, used: str) -> str:
 def as_kept(model: Model, framework: str) -> Model:
     """The model as the files of `framework` hold it: where experts alone are in 4 bit, llama.cpp's have the rest in Q8_0
     (ggml-org/gpt-oss-20b-GGUF has 12.1 GB, gpt-oss-120b-GGUF 63.4)."""
-    if framework != "llama.cpp" or model.dtype != "fp4" or not model.moe:
+    if (
+        framework != "llama.cpp" or model.dtype != "fp4" or not model.moe or model.head_dtype
+    ):  # a GGUF file tells its own
         return model
-    share = BITS["q8_0"] / BITS["bf16"]
-    rest = ("embedding", "attention", "lm_head")
-    return replace(model, stored_bytes={k: v * share if k in rest else v for k, v in model.stored_bytes.items()})
+    most = {k: model.params_by_part[k] * BITS["q8_0"] / 8 for k in ("embedding", "attention", "lm_head")}
+    return replace(model, stored_bytes={k: min(v, most.get(k, v)) for k, v in model.stored_bytes.items()})
 
 
 def settled(model: Model, dtype: str | None, notes: list[str]) -> tuple[str | None, str, str]:

@@ -194,7 +194,8 @@ def setup(
         if math.isnan(attending):
             attending = products.read_s_per_byte / decode.bandwidth
         decode = replace(decode, bandwidth=min(1.0, 1 / attending / hardware.bytes_per_s))
-        own = hardware.products.get(model.head_dtype, products)  # measured in its own shape, if in another type
+        # Of another type it was measured in its own shape, as the file has it.
+        own = products if weights else hardware.products.get(model.head_dtype, products)
         gemm = kernels.of_products(hardware, products, hardware.flops[used])
         head = kernels.of_products(hardware, own, hardware.flops[wide])
         fastest = max(gemm.compute, head.compute) / kernels.IN_ENGINE

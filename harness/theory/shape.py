@@ -109,7 +109,7 @@ class Layers:
         if not self.experts:
             return 0.0 * tokens
         passed = 1 - self.experts_per_token / self.experts
-        if math.isinf(evenness):
+        if math.isinf(evenness) or not passed:
             missed: Number = passed**tokens
         else:
             missed = (1 + tokens * (passed ** (-1 / evenness) - 1)) ** -evenness
