@@ -109,6 +109,7 @@ def test_the_server_in_c_outlives_a_client_that_goes_and_a_reset_amid_an_answer(
         assert process.is_running() and len(selftest.truth(url).ttft_s) == 1
 
 
+@pytest.mark.full
 def test_what_a_server_reads_late_is_its_own_lateness() -> None:
     others = set(psutil.Process().children())
     with selftest.simulator([]) as url:

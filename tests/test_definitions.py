@@ -142,6 +142,7 @@ def test_files_from_before_these_stamps_still_read(tmp_path: Path) -> None:
     assert isinstance(old, Table) and math.isnan(old.last_event_s[0]) and old.choice_events[0] == -1
 
 
+@pytest.mark.full
 def test_a_stored_run_is_shown_under_each_tools_formulas(
     simulated: Callable[..., str], ridgeline: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -92,7 +92,7 @@ def test_all_charts_are_drawn_in_silence(show: Any, scheme: str) -> None:
 
 @pytest.mark.parametrize(
     "runs",
-    [[samples.whole()], pytest.param([samples.sample(), samples.batches(12)], marks=pytest.mark.full), pytest.param([samples.open_loop()], marks=pytest.mark.full),
+    [pytest.param([samples.whole()], marks=pytest.mark.full), pytest.param([samples.sample(), samples.batches(12)], marks=pytest.mark.full), pytest.param([samples.open_loop()], marks=pytest.mark.full),
      pytest.param([samples.empty()], marks=pytest.mark.full), [samples.hostile()]],
     ids=["sample", "two runs", "open loop", "empty", "hostile"],
 )  # fmt: skip
@@ -261,13 +261,12 @@ def words(text: str) -> str:
 TWO = [samples.whole(), samples.whole(2e-4)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("runs", "scheme", "width"),
     [
-        ([samples.whole()], "light", 1280),
-        *(pytest.param(runs, scheme, width, marks=pytest.mark.full) for runs, scheme, width in (
-            (TWO, "dark", 360), ([samples.whole()], "dark", 1280), (TWO, "light", 1280), ([samples.sample()], "light", 360),
-            ([samples.hostile()], "light", 1280), ([samples.empty()], "dark", 1280))),
+        ([samples.whole()], "light", 1280), (TWO, "dark", 360), ([samples.whole()], "dark", 1280), (TWO, "light", 1280),
+        ([samples.sample()], "light", 360), ([samples.hostile()], "light", 1280), ([samples.empty()], "dark", 1280),
     ],
 )  # fmt: skip
 def test_axe_finds_no_serious_violation(show: Any, runs: list[RunView], scheme: str, width: int) -> None:

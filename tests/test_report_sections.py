@@ -349,6 +349,7 @@ def test_the_time_line_does_not_depend_on_how_the_records_are_cut() -> None:
 # --- on the command line ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_an_objective_and_a_price_given_with_the_report_stay_with_the_run(
     simulated: Callable[..., str], ridgeline: Callable[..., Any], tmp_path: Path
 ) -> None:
