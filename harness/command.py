@@ -20,7 +20,6 @@ from harness.progress import Progress
 from harness.records import RidgelineError, Table
 from harness.scenario import SEARCHED, Scenario, load, validate
 from harness.theory.calibration import from_dict
-from harness.theory.dtypes import kind_of
 from harness.theory.frameworks import of_run
 from harness.theory.hardware import Hardware, catalogue, find, from_row, prices
 from harness.theory.predict import predict
@@ -28,7 +27,6 @@ from harness.theory.shape import PARTS, Layers, Model
 from harness.yaml_lines import MAX_BYTES
 
 RESULTS = Path("results")
-HEAD_ENTRIES = 2**25  # of an lm_head, as many as are measured: a large one would take minutes
 WHOLE = ("input_tokens", "output_tokens", "rate_ramp")  # a flag replaces these, whatever the file says
 
 
@@ -333,20 +331,14 @@ def _hardware(
         return find(str(gpus[0]["name"] if isinstance(gpus[0], dict) else gpus[0]))
     working_set = model.weight_bytes(theory["dtype"]) if model else None
     row = machine.row(working_set, progress.line)
-    dtype = theory["dtype"] or (model.dtype if model else "")
     venv = {"vllm": ".venv-vllm", "llama.cpp": ".venv-llama"}.get(engine.get("kind") or "")
     if venv and model and engine.get("launched"):
         with contextlib.suppress(RidgelineError):  # it is not on this machine
             python, layer = launch.interpreter(engine.get("interpreter"), venv), model.groups[-1]
-            works = [(dtype, model.layers, layer.matrices(model.hidden, fused=engine["kind"] == "vllm"))]
-            if not theory["dtype"] and model.head_dtype not in ("", kind_of(dtype)):
-                # Between two of its products all layers pass through the caches; more rows are as fast a row.
-                outer = min(model.vocab, HEAD_ENTRIES // model.hidden // 256 * 256)
-                works.append((model.head_dtype, model.layers, [(model.hidden, outer)]))
             heads = (layer.heads, layer.kv_heads, layer.head_dim)
-            for kind, layers, shapes in works:
+            for kind, shapes in model.products(theory["dtype"], fused=engine["kind"] == "vllm"):
                 row = machine.with_products(
-                    row, python, engine["kind"], kind, progress.line, layers=layers, heads=heads, shapes=shapes
+                    row, python, engine["kind"], kind, progress.line, layers=model.layers, heads=heads, shapes=shapes
                 )
     return from_row(row)
 

@@ -94,16 +94,15 @@ class Framework:
     half_sums: bool = False
 
 
-# Another spelling in a name -> ours; the first that stands in it counts, so the particular comes before the general.
+# Another spelling in a name, its words joined by "-" -> ours; the first that stands in it counts, so the particular comes before
+# the general.
 SPELLINGS = {
     "autoawq": "autoawq",
     "lightning": "lightning",
     "litgpt": "lightning",
     "lit-gpt": "lightning",
     "onnxruntime-genai": "compiled",
-    "onnxruntime genai": "compiled",
-    "onnx runtime genai": "compiled",
-    "onnxruntime_genai": "compiled",
+    "onnx-runtime-genai": "compiled",
     "onnx": "onnx",
     "ctranslate": "ctranslate",
     "ctransformers": "llama.cpp",
@@ -112,23 +111,18 @@ SPELLINGS = {
     "exllamav3": "exllamav2",
     "tabbyapi": "exllamav2",  # the server of both
     "exllama": "exllama",
-    "llama.cpp": "llama.cpp",
-    "llamacpp": "llama.cpp",
-    "llama_cpp": "llama.cpp",
     "llama-cpp": "llama.cpp",
+    "llamacpp": "llama.cpp",
     "llama-bench": "llama.cpp",
     "ollama": "llama.cpp",
-    "lm studio": "llama.cpp",
+    "lm-studio": "llama.cpp",
     "koboldcpp": "llama.cpp",
     "llamafile": "llama.cpp",
-    "optimum nvidia": "optimum-nvidia",
     "optimum-nvidia": "optimum-nvidia",
     "fastertransformer": "fastertransformer",
     "tensorrt": "tensorrt-llm",
     "trtllm": "tensorrt-llm",
     "trt-llm": "tensorrt-llm",
-    "trt_llm": "tensorrt-llm",
-    "trt llm": "tensorrt-llm",
     "nim": "tensorrt-llm",
     "vllm": "vllm",
     "sglang": "sglang",
@@ -137,7 +131,6 @@ SPELLINGS = {
     "turbomind": "lmdeploy",
     "lightllm": "vllm",
     "text-generation-inference": "vllm",
-    "text generation inference": "vllm",
     "sarathi": "vllm",  # a fork of it
     "llm-d": "vllm",
     "tgi": "vllm",
@@ -148,7 +141,7 @@ SPELLINGS = {
     "gpt-fast": "gpt-fast",
     "gptfast": "gpt-fast",
     "torchao": "gpt-fast",
-    "torch.compile": "gpt-fast",
+    "torch-compile": "gpt-fast",
     "mlc": "compiled",
     "jax": "compiled",
     "jetstream": "compiled",
@@ -159,7 +152,7 @@ SPELLINGS = {
     "bitsandbytes": "transformers",
     "accelerate": "transformers",
     "huggingface": "transformers",
-    "hugging face": "transformers",
+    "hugging-face": "transformers",
     "hf": "transformers",
     "pytorch": "transformers",
     "torch": "transformers",
@@ -192,7 +185,7 @@ def _framework(row: dict[str, str]) -> Framework:
 
 def named(name: str | None) -> str:
     """The framework's name as the rows have it, for any that it goes by ("TensorRT-LLM 0.9.0"); "generic" for others."""
-    plain = (name or "").casefold()
+    plain = re.sub(r"[-_ .]+", "-", (name or "").casefold())
     return next(
         (ours for spelling, ours in SPELLINGS.items() if re.search(rf"(?<![a-z]){re.escape(spelling)}", plain)),
         "generic",

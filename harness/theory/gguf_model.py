@@ -70,13 +70,7 @@ def _gguf_model(c: Config, arch: str, tensors: Tensors) -> Model:
     if len(shapes) != layers:
         raise c.error(f"block_count is {layers}, but tensors stand for {len(shapes)} layers (a split or a cut file?)")
     groups = tuple(replace(one, count=n) for one, n in Counter(shapes).items())
-    dtype = GGML_TYPES[max(matmul, key=lambda t: matmul[t])].name.lower() if matmul else "f16"
-    kinds = {
-        name: GGML_TYPES[kind].name.lower()
-        for name, _, kind in tensors
-        if name in ("token_embd.weight", "output.weight")
-    }
-    head = kinds.get("output.weight", kinds["token_embd.weight"])
+    types = {name: kind for name, _, kind in tensors}
     return Model(
         name=c.name,
         family=arch,
@@ -87,8 +81,8 @@ def _gguf_model(c: Config, arch: str, tensors: Tensors) -> Model:
         positions=sizes.get("position_embd.weight", 0),
         final_norm=sizes.get("output_norm.weight", 0) + sizes.get("output_norm.bias", 0),
         head_bias=sizes.get("output.bias", 0),
-        dtype=_OURS.get(dtype, dtype),
-        head_dtype=_OURS.get(head, head),
+        dtype=_dtype(max(matmul, key=lambda t: matmul[t])) if matmul else "fp16",
+        head_dtype=_dtype(types.get("output.weight", types["token_embd.weight"])),
         stored_bytes=stored,
         compute_dtype="fp16",
         matmul_dtype="fp16",
@@ -97,7 +91,12 @@ def _gguf_model(c: Config, arch: str, tensors: Tensors) -> Model:
     )
 
 
-_OURS = {"f32": "fp32", "f16": "fp16", "mxfp4": "fp4"}  # the types that dtypes name otherwise
+def _dtype(kind: int) -> str:
+    """What `dtypes` calls a GGML type."""
+    name = GGML_TYPES[kind].name.lower()
+    return {"f32": "fp32", "f16": "fp16", "mxfp4": "fp4"}.get(name, name)
+
+
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.(.+)")
 _NOT_WEIGHTS = ("rope_freqs", "rope_factors")  # constants that the converter writes; no parameters of the model
 

@@ -252,7 +252,12 @@ VENDORS = {"nvidia", "amd", "intel", "google", "apple", "instinct", "tesla", "ge
 
 # What stands around a name in a table and is no part of it: how many (8x, x4, 2 ×), the chassis, a power limit.
 _AROUND = re.compile(
-    r"^\s*\d+\s*[x×*]\s*|(?:\s+|(?<=\d)(?<!mi\d\d\d)|(?<=\dgb)|(?<=\dg)|(?<=mi\d\d\dx))[x×*]\s*\d+\s*$|(?<=mi\d\d\dx)\s+\d+\s*$|\([^)]*\d\s*w\)|@?\s*\d+\s*w\b|\b(dgx|hgx)[ _-](?=[abh]\d)|\(r\)|\(tm\)|[()]"
+    r"""^\s*\d+\s*[x×*]\s*
+    | (?: (?<![a-z])(?<!mi\d\d\d) | (?<=\dgb) | (?<=\dg) | (?<=mi\d\d\dx) ) [x×*]\s*\d+\s*$  # the X of AMD's names is no times
+    | \([^)]*\d\s*w\) | @?\s*\d+\s*w\b
+    | \b(dgx|hgx)[ _-](?=[abh]\d)
+    | \(r\) | \(tm\) | [()]""",
+    re.VERBOSE,
 )
 
 

@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from harness.theory.dtypes import BITS, GGUF_BITS
+from harness.theory.dtypes import BITS, GGUF_BITS, kind_of
 
 # ffn: what every token meets (a plain FFN, shared experts); experts: the routed ones, with what chooses among them apart,
 # as it stays in 16 bit where they are quantized.  other: what text never runs through, such as a vision tower.
 PARTS = ("embedding", "attention", "ffn", "router", "experts", "norms", "lm_head", "other")
 Number = TypeVar("Number", float, npt.NDArray[np.float64])
 
+HEAD_ENTRIES = 2**25  # of an lm_head, as many as are measured: a whole large one would take minutes
 QUANTIZED = ("attention", "ffn", "experts")  # parts that a quantized dtype is for
 
 
@@ -145,6 +146,15 @@ class Model:
     notes: tuple[str, ...] = ()
     other: int = 0  # parameters that text never runs through, such as a vision tower
     head_dtype: str = ""  # of the lm_head, as a GGUF file has it; empty: not known
+
+    def products(self, dtype: str | None, fused: bool) -> list[tuple[str, list[tuple[int, int]]]]:
+        """(type, (inner, outer) of its matrices) of what one layer, and an lm_head of another type, multiply; `dtype` replaces the
+        types of the file.  Of a large head a part, which is as fast a row."""
+        kind = kind_of(dtype or self.dtype)
+        found = [(kind, self.groups[-1].matrices(self.hidden, fused))]
+        if not dtype and self.head_dtype not in ("", kind):
+            found.append((self.head_dtype, [(self.hidden, min(self.vocab, HEAD_ENTRIES // self.hidden // 256 * 256))]))
+        return found
 
     @property
     def layers(self) -> int:
